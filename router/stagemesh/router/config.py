@@ -1,0 +1,87 @@
+"""The settings of the router, and mesh.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stagemesh.wire.errors import ConfigError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class StageEntry(_Settings):
+    """A stage in mesh.yaml; its index is its place in the list."""
+
+    address: str
+    layers: str | None = None
+    tp: int = Field(default=1, ge=1)
+
+
+class RouterEntry(_Settings):
+    """The router in mesh.yaml."""
+
+    listen: str | None = None
+    admin: str | None = None
+
+
+class MeshFile(_Settings):
+    """mesh.yaml: one description that router, stages and `stagemesh up` read."""
+
+    model: str | None = None
+    served_model_name: str | None = None
+    router: RouterEntry = RouterEntry()
+    stages: tuple[StageEntry, ...] = ()
+    block_size: int | None = Field(default=None, ge=1)
+    max_context: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def read(cls, path: str | Path) -> MeshFile:
+        """Parse a file; an unknown key, a wrong type or bad YAML is a ConfigError naming it."""
+        try:
+            content: Any = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.model_validate(content or {})
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {first_problem(error)}") from error
+
+
+class RouterConfig(_Settings):
+    """What a router is started with. Defaults are written here and nowhere else."""
+
+    model: str = Field(description="Path of a Hugging Face folder or a GGUF file (tokenizer and limits).")
+    stages: tuple[str, ...] = Field(min_length=1, description="Addresses of the stages, in order.")
+    listen: str = Field(default="127.0.0.1:50051", description="Address of the public gRPC server.")
+    admin: str = Field(default="127.0.0.1:50052", description="Address of the admin gRPC server.")
+    served_model_name: str | None = Field(default=None, description="Unset: the name of the model's file or folder.")
+    max_context: int | None = Field(default=None, ge=1, description="Tokens of a sequence at most; unset: the model's.")
+    max_sequences: int = Field(default=512, ge=1, description="Running sequences at most, for each stage of the lane.")
+    max_waiting: int = Field(default=1024, ge=1, description="Waiting requests at most; past it RESOURCE_EXHAUSTED.")
+    step_tokens: int = Field(default=512, ge=1, description="Tokens of a step at most, decodes and prefill together.")
+    lookahead: int = Field(default=1, ge=0, description="Sampled tokens of a sequence the router may not have seen yet.")
+    max_in_flight: int = Field(default=0, ge=0, description="Microbatches in flight; 0: chosen from the stages.")
+    step_timeout_s: float = Field(default=60.0, gt=0, description="A step unanswered for longer means a lost stage.")
+    heartbeat_timeout_s: float = Field(default=5.0, gt=0, description="A stage silent for longer is lost.")
+    insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
+    debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")
+    step_log: str | None = Field(default=None, description="For tests and debugging: a file that gets a JSON line a step.")
+    log_level: str = Field(default="info", description="debug, info, warning or error.")
+    log_json: bool = Field(default=False, description="Log JSON lines.")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first finding of pydantic in one line, naming the key."""
+    finding = error.errors()[0]
+    key = ".".join(str(part) for part in finding["loc"]) or "(top level)"
+    if finding["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    return f"{key}: {finding['msg']} (got {finding.get('input')!r})"
