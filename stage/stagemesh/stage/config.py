@@ -33,6 +33,8 @@ class StageConfig(BaseModel):
     shared_cores: bool = Field(default=False, description="Other stages compute on the same cores: idle threads sleep.")
     load_format: Literal["auto", "dummy"] = Field(default="auto", description="dummy: random weights from config.json alone.")
     link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
+    group_timeout_s: float = Field(default=30.0, gt=0, description="Seconds a rank waits for another in a collective.")
+    worker_timeout_s: float = Field(default=60.0, gt=0, description="A worker silent for longer is replaced.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     log_json: bool = Field(default=False, description="Log JSON lines.")

@@ -1,0 +1,56 @@
+"""The connection: channel options, call metadata, and failed calls as errors of the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import grpc
+from stagemesh.wire.errors import FailedPreconditionError, StagemeshError, UnavailableError
+from stagemesh.wire.status import from_rpc_error
+
+INFERENCE_SERVICE = "stagemesh.v1.InferenceService"
+REQUEST_ID_KEY = "stagemesh-request-id"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+Metadata = Sequence[tuple[str, str]]
+"""Keys (lower case) and values sent with a call, such as ("traceparent", "00-...")."""
+MetadataSource = Metadata | Callable[[], Metadata]
+"""Metadata of every call, or a function that makes it for each; the place where a tracer comes in."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A router that vanished without a word (power, network) is noticed in 40 s, while calls run. The server
+    # must allow such pings: grpc.http2.min_recv_ping_interval_without_data_ms of at most 20,000.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # gRPC's own back-off goes up to two minutes: too long for a router that restarts in seconds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A client is one connection; without this, clients of one process share it, and its back-off.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # grpc.enable_retries stays on: with no service config it repeats only calls that no server has seen.
+)
+
+
+def join_metadata(source: MetadataSource, extra: Metadata) -> Metadata:
+    """The client's metadata, then the call's."""
+    return (*(source() if callable(source) else source), *extra)
+
+
+def call_error(error: grpc.RpcError, *, address: str, request_id: str = "") -> StagemeshError:
+    """The error behind a failed call. Where nothing answered, it names the address."""
+    mapped = from_rpc_error(error, request_id)
+    # Without details no router said it: the words are gRPC's own, long, and the cause comes last.
+    said = any(key == _DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    if isinstance(mapped, UnavailableError) and not said:
+        cause = mapped.message.rpartition(": ")[2] or "no answer"
+        return UnavailableError(f"no connection to {address}: {cause}", request_id=request_id)
+    return mapped
+
+
+def closed_error() -> StagemeshError:
+    """A call on a client that was closed."""
+    return FailedPreconditionError("the client is closed; make a new one", reason="CLIENT_CLOSED")

@@ -1,0 +1,58 @@
+"""The admin side of a router, for `status`, `trace` and `up`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from stagemesh.client._channel import CHANNEL_OPTIONS, call_error
+from stagemesh.v1 import admin_pb2 as pb
+from stagemesh.v1 import admin_pb2_grpc
+from stagemesh.wire.address import split_address
+
+_TIMEOUT_S = 10.0
+
+
+class Admin:
+    """A connection to a router's AdminService; use it in a with-block."""
+
+    def __init__(self, address: str) -> None:
+        split_address(address, key="--admin")
+        self._address = address
+        self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def status(self, timeout_s: float = _TIMEOUT_S) -> pb.MeshStatus:
+        """The mesh now."""
+        try:
+            response: pb.GetStatusResponse = self._stub.GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise call_error(error, address=self._address) from error
+        return response.status
+
+    def watch(self, interval_ms: int) -> Iterator[pb.MeshStatus]:
+        """The mesh now and after each interval."""
+        try:
+            for response in self._stub.WatchStatus(pb.WatchStatusRequest(interval_ms=interval_ms)):
+                yield response.status
+        except grpc.RpcError as error:
+            raise call_error(error, address=self._address) from error
+
+    def trace(self, request_id: str) -> pb.GetRequestTraceResponse:
+        """Where the time of a request went; NotFoundError if it is not among the last ones."""
+        request = pb.GetRequestTraceRequest(request_id=request_id)
+        try:
+            trace: pb.GetRequestTraceResponse = self._stub.GetRequestTrace(request, timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise call_error(error, address=self._address, request_id=request_id) from error
+        return trace
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._channel.close()

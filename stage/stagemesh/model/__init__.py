@@ -1,0 +1,1 @@
+"""Model files: what is in them, and how layers and ranks divide them. Needs no torch."""

@@ -1,0 +1,101 @@
+"""A leader's view of the lane it serves: its links, and what waits to go to the router."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from stagemesh.stage.leader.link import LinkSender
+from stagemesh.stage.local_queue import StepTiming
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.columns import U64, pack
+from stagemesh.wire.errors import StagemeshError
+
+REPORT_STEPS = 64
+"""Steps after which a report goes out early."""
+REPORT_INTERVAL_S = 0.25
+HEARTBEAT_S = 1.0
+
+
+@dataclass(slots=True)
+class LeaderLane:
+    """Everything of one epoch."""
+
+    request: stage_pb2.OpenLaneRequest
+    senders: dict[int, LinkSender] = field(default_factory=dict)
+    expected: dict[int, asyncio.Event] = field(default_factory=dict)
+    """By kind: links this stage receives on; set when the dummy came."""
+    error: StagemeshError | None = None
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """Something waits for the Execute stream."""
+    waiting_for: str = ""
+    last_received: int = 0
+    last_done: int = 0
+    executing: bool = False
+    _results: list[bytes] = field(default_factory=list)
+    _timings: list[StepTiming] = field(default_factory=list)
+    _reported_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def epoch(self) -> int:
+        """Of the lane."""
+        return self.request.epoch
+
+    def fail(self, error: StagemeshError) -> None:
+        """End the lane here: the Execute stream ends with the error. The first one counts."""
+        if self.error is None:
+            self.error = error
+            self.wake.set()
+
+    def add_result(self, response: bytes) -> None:
+        """A serialized ExecuteResponse from the worker."""
+        self._results.append(response)
+        self.wake.set()
+
+    def add_timing(self, timing: StepTiming) -> None:
+        """A step is done on this stage."""
+        self._timings.append(timing)
+        self.last_done = timing.number
+        if len(self._timings) >= REPORT_STEPS:
+            self.wake.set()
+
+    def take_results(self) -> bytes:
+        """Everything queued as one message: serialized messages of one type merge when put end to end."""
+        results, self._results = self._results, []
+        return results[0] if len(results) == 1 else b"".join(results)
+
+    def report_due(self) -> bool:
+        """Whether a report should go out now: enough steps, old enough ones, or the heartbeat."""
+        age = time.monotonic() - self._reported_at
+        return (
+            len(self._timings) >= REPORT_STEPS
+            or (bool(self._timings) and age >= REPORT_INTERVAL_S)
+            or age >= HEARTBEAT_S
+        )
+
+    def take_report(self) -> bytes:
+        """The report of the steps done since the last one, serialized as an ExecuteResponse."""
+        timings, self._timings = self._timings, []
+        self._reported_at = time.monotonic()
+        report = stage_pb2.StageReport(
+            epoch=self.epoch,
+            numbers=pack([timing.number for timing in timings], U64),
+            arrival_ns=pack([timing.arrival_ns for timing in timings], U64),
+            queue_ns=pack([timing.queue_ns for timing in timings], U64),
+            wait_ns=pack([timing.wait_ns for timing in timings], U64),
+            compute_ns=pack([timing.compute_ns for timing in timings], U64),
+            send_ns=pack([timing.send_ns for timing in timings], U64),
+            sent_bytes=pack([timing.sent_bytes for timing in timings], U64),
+            monotonic_ns=time.monotonic_ns(),
+            unix_ns=time.time_ns(),
+            last_done=self.last_done,
+            last_received=self.last_received,
+            waiting_for=self.waiting_for,
+        )
+        return stage_pb2.ExecuteResponse(report=report).SerializeToString()
+
+    async def close(self) -> None:
+        """Close the links this stage sends on."""
+        senders, self.senders = list(self.senders.values()), {}
+        await asyncio.gather(*(sender.close() for sender in senders))

@@ -1,0 +1,232 @@
+"""The stage: its worker group and the lane it serves, whatever happens to either."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from pathlib import Path
+
+import zmq
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+from stagemesh.stage.config import StageConfig
+from stagemesh.stage.leader.lane import LeaderLane
+from stagemesh.stage.leader.loading import LoadDisplay, load_line
+from stagemesh.stage.leader.worker_group import WorkerGroup
+from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
+from stagemesh.stage.plan import StagePlan
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire import protocol
+from stagemesh.wire.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    StageLostError,
+    StagemeshError,
+    StartupError,
+    UnavailableError,
+)
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = "stagemesh.v1.StageService"
+RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class StageLeader:
+    """One stage.
+
+    Args:
+        config: Its settings.
+        plan: Its share of the model.
+        name: What it calls itself in errors.
+        health: Says NOT_SERVING for the stage service while the workers are not there.
+        version: Of the package.
+    """
+
+    def __init__(self, config: StageConfig, plan: StagePlan, name: str, health: health_aio.HealthServicer, version: str) -> None:
+        self._config = config
+        self._plan = plan
+        self._name = name
+        self._health = health
+        self._version = version
+        self._group: WorkerGroup | None = None
+        self._not_ready = "loading"
+        self._incarnation = ""
+        self._lane: LeaderLane | None = None
+        self._epoch = 0
+        self._opening = asyncio.Lock()
+
+    async def supervise(self) -> None:
+        """Keep a worker group running; StartupError if the first one cannot start."""
+        failures = 0
+        while True:
+            display = LoadDisplay(self._name)
+            group = WorkerGroup(self._config, self._take, display.update)
+            try:
+                with display:
+                    await group.start()
+            except StartupError as error:
+                await group.stop()
+                if not self._incarnation:
+                    raise
+                log.error("the workers cannot start again: %s", error)
+            except BaseException:
+                await group.stop()
+                raise
+            else:
+                failures = 0
+                await self._serve_with(group)
+            failures += 1
+            await asyncio.sleep(RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S)) - 1])
+
+    async def _serve_with(self, group: WorkerGroup) -> None:
+        self._incarnation = uuid.uuid4().hex
+        self._group = group
+        self._not_ready = ""
+        await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        log.info("%s", load_line(self._plan, group.facts, self._config))
+        try:
+            what = await group.lost
+        finally:
+            self._group = None
+            self._not_ready = "stopping"
+            await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await group.stop()
+        self._not_ready = f"{what}; starting again"
+        self._fail_lane(StageLostError(f"{self._name}: {what}", reason="STAGE_LOST", stage=self._name))
+
+    async def aclose(self) -> None:
+        """End the lane; its router gets UNAVAILABLE."""
+        self._fail_lane(StageLostError(f"{self._name} is shutting down", reason="STAGE_LOST", stage=self._name))
+        if self._lane:
+            await self._lane.close()
+
+    def describe(self) -> stage_pb2.DescribeResponse:
+        """What the stage is; `not_ready_reason` says why it cannot serve yet."""
+        model, plan = self._plan.source.config, self._plan
+        facts = self._group.facts if self._group else []
+        response = stage_pb2.DescribeResponse(
+            protocol_major=protocol.MAJOR,
+            protocol_minor=protocol.MINOR,
+            version=self._version,
+            model_fingerprint=plan.source.fingerprint,
+            architecture=model.architecture,
+            num_layers=model.num_layers,
+            layer_begin=plan.layers.start,
+            layer_end=plan.layers.stop,
+            dtype=plan.dtype,
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+            max_context=plan.max_context,
+            block_size=self._config.block_size,
+            num_blocks=plan.num_blocks,
+            max_slots=self._config.max_slots,
+            host_id=BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname(),
+            host_name=socket.gethostname(),
+            num_cores=len(os.sched_getaffinity(0)),
+            threads_per_rank=self._config.num_threads,
+            transports=["grpc"],
+            incarnation=self._incarnation,
+            not_ready_reason=self._not_ready,
+        )
+        for fact in facts:
+            response.ranks.add(
+                rank=fact.rank,
+                device=fact.device,
+                num_heads=fact.num_heads,
+                num_kv_heads=fact.num_kv_heads,
+                mlp_columns=fact.mlp_columns,
+                weight_bytes=fact.weight_bytes,
+                kv_bytes=fact.kv_bytes,
+                process_id=fact.process_id,
+            )
+        if facts:
+            for phase, seconds in facts[0].load_seconds.items():
+                response.load_phases.add(name=phase, seconds=seconds)
+        return response
+
+    async def open_lane(self, request: stage_pb2.OpenLaneRequest) -> str:
+        """Raise the epoch; returns the incarnation that serves it."""
+        async with self._opening:
+            if request.epoch <= self._epoch:
+                raise FailedPreconditionError(
+                    f"epoch {request.epoch} is not above {self._epoch}, which {self._name} has already seen: "
+                    "another router opened a lane here",
+                    reason="STALE_EPOCH",
+                )
+            self._check_opening(request)
+            self._epoch = request.epoch
+            self._fail_lane(UnavailableError(f"{self._name} now serves epoch {request.epoch}", reason="EPOCH_RAISED"))
+            if self._lane:
+                await self._lane.close()
+            self._lane = LeaderLane(request)
+            self._require_group().broadcast(ToWorker.OPEN, request.SerializeToString())
+            return self._incarnation
+
+    def lane(self, epoch: int) -> LeaderLane:
+        """The open lane, if it is of that epoch."""
+        if self._lane is None or self._lane.epoch != epoch:
+            have = self._lane.epoch if self._lane else "none"
+            raise FailedPreconditionError(
+                f"epoch {epoch} is not open on {self._name} (open: {have})", reason="STALE_EPOCH", stage=self._name
+            )
+        if self._lane.error:
+            raise self._lane.error
+        return self._lane
+
+    def hand_steps(self, lane: LeaderLane, request: stage_pb2.ExecuteRequest, data: bytes, arrival_ns: int) -> None:
+        """Pass a message of steps to the workers as it came in."""
+        if request.steps:
+            lane.last_received = request.steps[-1].number
+            self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
+
+    def hand_frame(self, data: bytes) -> None:
+        """Pass a frame to the workers as it came in."""
+        self._require_group().broadcast(ToWorker.FRAME, data)
+
+    def _require_group(self) -> WorkerGroup:
+        if self._group is None:
+            raise UnavailableError(
+                f"{self._name} has no workers: {self._not_ready}", reason="STAGE_NOT_READY", stage=self._name
+            )
+        return self._group
+
+    def _check_opening(self, request: stage_pb2.OpenLaneRequest) -> None:
+        self._require_group()
+        if not 0 < request.num_blocks <= self._plan.num_blocks:
+            raise InvalidArgumentError(
+                f"num_blocks is {request.num_blocks}; {self._name} has {self._plan.num_blocks}", field="num_blocks"
+            )
+        limit = self._config.max_slots * max(1, request.num_stages)
+        if not 0 < request.max_slots <= limit:
+            raise InvalidArgumentError(f"max_slots is {request.max_slots}; {self._name} takes {limit}", field="max_slots")
+
+    def _fail_lane(self, error: StagemeshError) -> None:
+        if self._lane:
+            self._lane.fail(error)
+
+    def _take(self, kind: ToLeader, parts: list[zmq.Frame]) -> None:
+        """A worker's message; those of an older epoch are dropped."""
+        lane = self._lane
+        if lane is None:
+            return
+        if kind is ToLeader.RESULT:
+            lane.add_result(parts[0].bytes)
+        elif kind is ToLeader.DONE:
+            timing = StepTiming.unpack(parts[0].bytes)
+            if timing.epoch == lane.epoch:
+                lane.add_timing(timing)
+        elif kind is ToLeader.TENSOR:
+            header = TensorHeader.unpack(parts[0].bytes)
+            sender = lane.senders.get(header.kind)
+            if header.epoch == lane.epoch and sender:
+                sender.send(header.step, parts[1].buffer)
+        elif kind is ToLeader.WAITING:
+            lane.waiting_for = parts[0].bytes.decode()
+        elif kind is ToLeader.REFUSED and int.from_bytes(parts[0].bytes, "little") == lane.epoch:
+            lane.fail(InvalidArgumentError(f"{self._name}: {parts[1].bytes.decode()}", reason="BAD_STEP"))

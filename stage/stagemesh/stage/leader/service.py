@@ -1,0 +1,138 @@
+"""The RPCs of StageService. Execute and Transfer carry serialized messages, which go on as they came."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from stagemesh.stage.leader.lane import REPORT_INTERVAL_S, LeaderLane
+from stagemesh.stage.leader.leader import StageLeader
+from stagemesh.stage.leader.link import LinkSender
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire import frame
+from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError, StageLostError
+
+log = logging.getLogger(__name__)
+
+RAW_METHODS = frozenset({"Execute", "Transfer"})
+EPOCH_KEY = "stagemesh-epoch"
+CREDIT_BYTES = 4 << 20
+"""A receiver acknowledges at least every so many bytes."""
+
+Context = grpc.aio.ServicerContext
+
+
+class StageService:
+    """Serves one leader."""
+
+    def __init__(self, leader: StageLeader) -> None:
+        self._leader = leader
+
+    async def Describe(self, request: stage_pb2.DescribeRequest, context: Context) -> stage_pb2.DescribeResponse:
+        return self._leader.describe()
+
+    async def OpenLane(self, request: stage_pb2.OpenLaneRequest, context: Context) -> stage_pb2.OpenLaneResponse:
+        return stage_pb2.OpenLaneResponse(incarnation=await self._leader.open_lane(request))
+
+    async def PrepareLink(
+        self, request: stage_pb2.PrepareLinkRequest, context: Context
+    ) -> stage_pb2.PrepareLinkResponse:
+        lane = self._leader.lane(request.epoch)
+        _check_transport(request.transport)
+        lane.expected[request.kind] = asyncio.Event()
+        return stage_pb2.PrepareLinkResponse()
+
+    async def ConnectLink(
+        self, request: stage_pb2.ConnectLinkRequest, context: Context
+    ) -> stage_pb2.ConnectLinkResponse:
+        lane = self._leader.lane(request.epoch)
+        _check_transport(request.transport)
+        timeout_s = request.timeout_ms / 1000
+        if request.sender:
+            sender = LinkSender(lane.epoch, request.kind, request.peer_address, lane.fail)
+            lane.senders[request.kind] = sender
+            await sender.opened(timeout_s)
+        else:
+            expected = lane.expected.get(request.kind)
+            if expected is None:
+                raise FailedPreconditionError("ConnectLink came before PrepareLink", reason="LINK_NOT_PREPARED")
+            try:
+                await asyncio.wait_for(expected.wait(), timeout_s)
+            except TimeoutError:
+                raise StageLostError(
+                    f"nothing came over the link within {timeout_s:g} s", reason="STAGE_LOST"
+                ) from None
+        return stage_pb2.ConnectLinkResponse()
+
+    async def Execute(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        lane = self._leader.lane(_epoch_of(context))
+        if lane.executing:
+            raise FailedPreconditionError(f"epoch {lane.epoch} already has an Execute stream", reason="LANE_TAKEN")
+        lane.executing = True
+        reader = asyncio.create_task(self._read_steps(lane, requests))
+        reader.add_done_callback(lambda _: lane.wake.set())
+        try:
+            while not reader.done():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(lane.wake.wait(), REPORT_INTERVAL_S)
+                lane.wake.clear()
+                if results := lane.take_results():
+                    await context.write(results)
+                if lane.error:
+                    raise lane.error
+                if lane.report_due():
+                    await context.write(lane.take_report())
+            await reader
+        finally:
+            reader.cancel()
+            # Without its router the lane is over; its links close so that the neighbours see it too.
+            lane.fail(StageLostError("the router closed the lane", reason="STAGE_LOST"))
+            await lane.close()
+
+    async def Transfer(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        received = acknowledged = 0
+        async for message in requests:
+            part = frame.decode(message)
+            lane = self._leader.lane(part.epoch)
+            expected = lane.expected.get(part.kind)
+            if expected is None:
+                raise FailedPreconditionError("a frame came for a link that was not prepared", reason="LINK_NOT_PREPARED")
+            received += len(part.data)
+            if part.step == 0:
+                expected.set()
+            else:
+                self._leader.hand_frame(message)
+            if part.step == 0 or received - acknowledged >= CREDIT_BYTES:
+                acknowledged = received
+                await context.write(stage_pb2.TransferResponse(received_bytes=received).SerializeToString())
+
+    async def _read_steps(self, lane: LeaderLane, requests: AsyncIterator[bytes]) -> None:
+        async for message in requests:
+            arrival_ns = time.monotonic_ns()
+            try:
+                request = stage_pb2.ExecuteRequest.FromString(message)
+            except DecodeError as error:
+                raise InvalidArgumentError(
+                    "the bytes sent do not parse as stagemesh.v1.ExecuteRequest", reason="UNPARSABLE"
+                ) from error
+            self._leader.hand_steps(lane, request, message, arrival_ns)
+
+
+def _epoch_of(context: Context) -> int:
+    value = dict(context.invocation_metadata() or ()).get(EPOCH_KEY)
+    if not isinstance(value, str) or not value.isdigit():
+        raise InvalidArgumentError(f"metadata {EPOCH_KEY} is {value!r}; expected the lane's epoch", reason="NO_EPOCH")
+    return int(value)
+
+
+def _check_transport(transport: str) -> None:
+    if transport != "grpc":
+        raise FailedPreconditionError(
+            f"transport '{transport}' is not one of this stage's: grpc", reason="TRANSPORT_UNKNOWN"
+        )

@@ -1,0 +1,188 @@
+"""The workers of a stage: started together, watched, and stopped together (a group that lost a rank is lost)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from stagemesh.stage.config import StageConfig
+from stagemesh.stage.engine.interface import RankFacts
+from stagemesh.stage.local_queue import ToLeader, ToWorker
+from stagemesh.stage.worker.spec import WorkerSpec
+from stagemesh.wire.columns import U64, unpack
+from stagemesh.wire.errors import ModelError, StartupError
+
+log = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 1.0
+STOP_GRACE_S = 3.0
+
+OnMessage = Callable[[ToLeader, list[zmq.Frame]], None]
+OnProgress = Callable[[int, int], None]
+
+
+class WorkerGroup:
+    """One start of the worker processes.
+
+    Args:
+        config: Of the stage.
+        on_message: Called in the event loop with every message that concerns a lane.
+        on_progress: Called with (bytes read, bytes in all) over all ranks while they load.
+    """
+
+    def __init__(self, config: StageConfig, on_message: OnMessage, on_progress: OnProgress) -> None:
+        self._config = config
+        self._on_message = on_message
+        self._on_progress = on_progress
+        self._context = zmq.Context()
+        self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-")
+        self._inboxes: list[zmq.Socket[bytes]] = []
+        self._outbox = self._context.socket(zmq.PULL)
+        self._outbox.setsockopt(zmq.RCVHWM, 0)
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._facts: dict[int, RankFacts] = {}
+        self._progress: dict[int, tuple[int, int]] = {}
+        self._ping = 0
+        self._pongs: dict[int, int] = {}
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self.lost: asyncio.Future[str] = loop.create_future()
+        """Resolves with what happened when the group can no longer serve."""
+
+    @property
+    def facts(self) -> list[RankFacts]:
+        """Of every rank, once started."""
+        return [self._facts[rank] for rank in sorted(self._facts)]
+
+    async def start(self) -> None:
+        """Start the processes and wait until all have loaded; StartupError says why one did not."""
+        self._outbox.bind(self._endpoint("out"))
+        asyncio.get_running_loop().add_reader(self._outbox.getsockopt(zmq.FD), self._drain)
+        for rank in range(self._config.tp):
+            inbox = self._context.socket(zmq.PUSH)
+            inbox.setsockopt(zmq.SNDHWM, 0)
+            inbox.setsockopt(zmq.LINGER, 0)
+            inbox.bind(self._endpoint(f"in{rank}"))
+            self._inboxes.append(inbox)
+            self._processes.append(await self._spawn(rank))
+        self._watchers = [asyncio.create_task(self._watch(rank)) for rank in range(self._config.tp)]
+        await asyncio.wait({self._ready, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done():
+            raise StartupError(f"the stage's workers did not start: {self.lost.result()}")
+        self._ready.result()
+        self._watchers.append(asyncio.create_task(self._ping_workers()))
+
+    def broadcast(self, kind: ToWorker, *parts: bytes | memoryview) -> None:
+        """Send one message to every rank; all get the same ones in the same order."""
+        for inbox in self._inboxes:
+            inbox.send_multipart([kind, *parts], flags=zmq.NOBLOCK, copy=True)
+
+    async def stop(self) -> None:
+        """End every process: asked first, killed after a grace."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        if self._ready.done() and not self.lost.done():
+            self.broadcast(ToWorker.STOP)
+            await asyncio.wait([asyncio.create_task(p.wait()) for p in self._processes], timeout=STOP_GRACE_S)
+        for process in self._processes:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        await asyncio.gather(*(process.wait() for process in self._processes))
+        asyncio.get_running_loop().remove_reader(self._outbox.getsockopt(zmq.FD))
+        for socket in (*self._inboxes, self._outbox):
+            socket.close(linger=0)
+        self._context.term()
+        self._folder.cleanup()
+        if not self._ready.done():
+            self._ready.cancel()
+
+    async def _spawn(self, rank: int) -> asyncio.subprocess.Process:
+        spec = WorkerSpec(
+            rank=rank,
+            leader_pid=os.getpid(),
+            inbox=self._endpoint(f"in{rank}"),
+            outbox=self._endpoint("out"),
+            store=str(Path(self._folder.name) / "store"),
+            config=self._config,
+        )
+        threads = str(self._config.num_threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if self._config.shared_cores or self._config.tp * self._config.num_threads > len(os.sched_getaffinity(0)):
+            # A thread that spins between two parallel regions takes a core from a neighbour that has work.
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "stagemesh.stage.worker", spec.model_dump_json(), env=environment
+        )
+
+    async def _watch(self, rank: int) -> None:
+        code = await self._processes[rank].wait()
+        self._drain()  # its last words may still be in the queue
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        self._lose(f"worker {rank} (pid {self._processes[rank].pid}) {how}")
+
+    async def _ping_workers(self) -> None:
+        """A worker that does not read its queue for worker_timeout_s hangs, in a step or stopped."""
+        sent_at: dict[int, float] = {}
+        while True:
+            self._ping += 1
+            sent_at[self._ping] = time.monotonic()
+            self.broadcast(ToWorker.PING, self._ping.to_bytes(8, "little"))
+            await asyncio.sleep(PING_INTERVAL_S)
+            answered = min(self._pongs.get(rank, 0) for rank in range(self._config.tp))
+            sent_at = {number: at for number, at in sent_at.items() if number > answered}
+            oldest = min(sent_at.values(), default=time.monotonic())
+            if time.monotonic() - oldest > self._config.worker_timeout_s:
+                rank = min(range(self._config.tp), key=lambda rank: self._pongs.get(rank, 0))
+                self._lose(f"worker {rank} (pid {self._processes[rank].pid}) hangs")
+                return
+
+    def _drain(self) -> None:
+        # The descriptor of a ZeroMQ socket is edge-triggered: read until there is nothing.
+        while True:
+            try:
+                kind, *parts = self._outbox.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._take(ToLeader(kind.bytes), parts)
+
+    def _take(self, kind: ToLeader, parts: list[zmq.Frame]) -> None:
+        if kind is ToLeader.PONG:
+            rank, number = unpack(parts[0].bytes, U64, "pong", 2)
+            self._pongs[int(rank)] = int(number)
+        elif kind is ToLeader.PROGRESS:
+            rank, done, total = unpack(parts[0].bytes, U64, "progress", 3)
+            self._progress[int(rank)] = (int(done), int(total))
+            self._on_progress(sum(p[0] for p in self._progress.values()), sum(p[1] for p in self._progress.values()))
+        elif kind is ToLeader.READY:
+            facts = RankFacts(**json.loads(parts[0].bytes))
+            self._facts[facts.rank] = facts
+            if len(self._facts) == self._config.tp and not self._ready.done():
+                self._ready.set_result(None)
+        elif kind is ToLeader.FAILED:
+            reason, _, message = parts[0].bytes.decode().partition("\0")
+            if not self._ready.done():
+                self._ready.set_exception(ModelError(message, reason=reason))
+        else:
+            self._on_message(kind, parts)
+
+    def _lose(self, what: str) -> None:
+        if not self.lost.done():
+            log.error("%s", what)
+            self.lost.set_result(what)
+
+    def _endpoint(self, name: str) -> str:
+        return f"ipc://{self._folder.name}/{name}"

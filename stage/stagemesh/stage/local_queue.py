@@ -1,0 +1,100 @@
+"""The local queue between a leader and its workers: pyzmq over a Unix socket, multipart messages.
+
+The first part is the kind. Every rank of a stage gets the same messages in the same order, and a worker
+decides what to do by that order alone: so all ranks of a tensor-parallel group take the same decisions,
+whatever the timing. It is a process-private protocol; nothing outside the stage may speak it.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+
+class ToWorker(bytes, enum.Enum):
+    """Leader to worker."""
+
+    OPEN = b"O"
+    """OpenLaneRequest: raise the epoch, drop everything older."""
+    STEPS = b"S"
+    """arrival_ns (u64), then the ExecuteRequest as it came in."""
+    FRAME = b"F"
+    """A TransferRequest as it came in."""
+    PING = b"P"
+    """Sequence number (u64)."""
+    STOP = b"X"
+    """Leave in good order."""
+
+
+class ToLeader(bytes, enum.Enum):
+    """Worker to leader."""
+
+    PROGRESS = b"p"
+    """rank, done, total (u64 each)."""
+    READY = b"r"
+    """RankFacts as JSON."""
+    RESULT = b"R"
+    """ExecuteResponse of a step, serialized."""
+    TENSOR = b"T"
+    """Tensor: a header and the bytes to send to the neighbour."""
+    DONE = b"D"
+    """StepTiming."""
+    WAITING = b"w"
+    """What rank 0 waits for, as text; empty when it goes on."""
+    PONG = b"P"
+    """rank, sequence number (u64 each)."""
+    REFUSED = b"E"
+    """epoch (u64), reason and message as text: a step the worker could not take."""
+    FAILED = b"!"
+    """The worker cannot start: reason and message as text, a NUL between."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """Where a tensor goes."""
+
+    epoch: int
+    kind: int
+    step: int
+
+    _LAYOUT = struct.Struct("<QQQ")
+
+    def pack(self) -> bytes:
+        return self._LAYOUT.pack(self.epoch, self.kind, self.step)
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> TensorHeader:
+        return cls(*cls._LAYOUT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where the time of a step went on this stage. Nanoseconds; times are the host's monotonic clock."""
+
+    epoch: int
+    number: int
+    arrival_ns: int
+    queue_ns: int
+    wait_ns: int
+    compute_ns: int
+    send_ns: int
+    sent_bytes: int
+
+    _LAYOUT = struct.Struct("<8Q")
+
+    def pack(self) -> bytes:
+        return self._LAYOUT.pack(
+            self.epoch,
+            self.number,
+            self.arrival_ns,
+            self.queue_ns,
+            self.wait_ns,
+            self.compute_ns,
+            self.send_ns,
+            self.sent_bytes,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> StepTiming:
+        return cls(*cls._LAYOUT.unpack(data))

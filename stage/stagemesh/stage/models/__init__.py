@@ -1,0 +1,1 @@
+"""Models as plain torch modules over flat token batches."""

@@ -1,0 +1,86 @@
+"""The building blocks every model shares, sharded over the ranks of a stage.
+
+A CPU linear keeps its weight transposed, [in, out]: with it MKL reads the weight at full bandwidth for
+one row and reaches blocked speed from a few rows on, where the [out, in] layout falls back to something
+three times slower (docs/performance.md, "CPU linears").
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stagemesh.stage.group import RankGroup
+
+
+class Linear(nn.Module):
+    """y = x W^T for a weight [out, in]; column-parallel when the weight is a slice of the rows."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight.t().contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] to [T, out]."""
+        return x @ self.weight
+
+
+class RowParallelLinear(Linear):
+    """A linear whose weight is a slice of the columns: the ranks' partial results are summed."""
+
+    def __init__(self, weight: torch.Tensor, group: RankGroup) -> None:
+        super().__init__(weight)
+        self._group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in of this rank] to [T, out], equal on every rank."""
+        return self._group.all_reduce(x @ self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self._eps)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embeddings; each rank holds a range of the vocabulary."""
+
+    def __init__(self, weight: torch.Tensor, vocab: range, group: RankGroup) -> None:
+        super().__init__()
+        self.weight = weight
+        self._vocab = vocab
+        self._group = group
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [T] to [T, hidden], equal on every rank."""
+        if self._group.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self._vocab.start
+        outside = (local < 0) | (local >= len(self._vocab))
+        hidden = F.embedding(local.masked_fill(outside, 0), self.weight)
+        return self._group.all_reduce(hidden.masked_fill_(outside.unsqueeze(-1), 0))
+
+
+class VocabParallelHead(nn.Module):
+    """Logits of this rank's range of the vocabulary. The weight may be the embedding's own storage."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden] to [S, vocab part], float32."""
+        if hidden.shape[0] <= 2:
+            logits = hidden @ self.weight.t()
+        else:  # the product with the weight on the left is the faster one from a few rows on
+            logits = (self.weight @ hidden.t()).t().contiguous()
+        return logits.float()

@@ -1,0 +1,1 @@
+"""Sampling on the last stage: counter-based noise and the choice of a token."""

@@ -1,0 +1,64 @@
+"""Runs a stage until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from importlib.metadata import version
+
+import uvloop
+
+from stagemesh.stage.config import StageConfig
+from stagemesh.stage.leader.leader import SERVICE_NAME, StageLeader
+from stagemesh.stage.leader.service import RAW_METHODS, StageService
+from stagemesh.stage.plan import plan_stage
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.address import check_listen
+from stagemesh.wire.logs import setup_logging
+from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 2.0
+
+
+def run(config: StageConfig) -> None:
+    """Serve until SIGTERM or SIGINT; StagemeshError if the stage cannot start."""
+    name = f"stage {config.stage.partition('/')[0]}" if config.stage else f"stage {config.layers or 'all'}"
+    setup_logging(config.log_level, config.log_json, name)
+    uvloop.run(_serve(config, name))
+
+
+async def _serve(config: StageConfig, name: str) -> None:
+    check_listen(config.listen, insecure=config.insecure, key="--listen")
+    plan = plan_stage(config)
+    server = make_server()
+    health = add_health(server)
+    await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
+    leader = StageLeader(config, plan, name, health, version("stagemesh"))
+    descriptor = stage_pb2.DESCRIPTOR.services_by_name["StageService"]
+    add_service(server, descriptor, StageService(leader), raw=RAW_METHODS)
+    add_reflection(server, descriptor)
+    address = bind(server, config.listen, key="--listen")
+    await server.start()
+    log.info("listening on %s", address)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    supervisor = asyncio.create_task(leader.supervise())
+    waiter = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({supervisor, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if supervisor.done():
+            supervisor.result()
+        log.info("stopping")
+    finally:
+        await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
+        await leader.aclose()
+        waiter.cancel()
+        supervisor.cancel()
+        await asyncio.gather(supervisor, waiter, return_exceptions=True)
+        await server.stop(SHUTDOWN_GRACE_S)

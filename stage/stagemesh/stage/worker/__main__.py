@@ -1,0 +1,101 @@
+"""Starts a worker: `python -m stagemesh.stage.worker SPEC`, by a leader only."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import zmq
+
+from stagemesh.stage.local_queue import ToLeader
+from stagemesh.stage.plan import plan_stage
+from stagemesh.stage.worker.spec import WorkerSpec
+from stagemesh.stage.worker.worker import Worker
+from stagemesh.wire.columns import U64, pack
+from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.logs import setup_logging
+from stagemesh.wire.process import die_with_parent
+
+PROGRESS_INTERVAL_S = 0.2
+
+
+def main() -> int:
+    """Load, serve, leave. The leader hears why if loading fails."""
+    spec = WorkerSpec.model_validate_json(sys.argv[1])
+    die_with_parent(spec.leader_pid)
+    # Ctrl-C on a terminal reaches every process of it; the leader decides when a worker stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup_logging(spec.config.log_level, spec.config.log_json, f"worker {spec.rank}")
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.setsockopt(zmq.RCVHWM, 0)
+    outbox.setsockopt(zmq.SNDHWM, 0)
+    outbox.setsockopt(zmq.LINGER, 1000)
+    inbox.connect(spec.inbox)
+    outbox.connect(spec.outbox)
+    try:
+        worker = _load(spec, inbox, outbox)
+    except StagemeshError as error:
+        outbox.send_multipart([ToLeader.FAILED, f"{error.reason}\0{error}".encode()])
+        return 1
+    except Exception as error:
+        logging.getLogger(__name__).exception("worker %d cannot start", spec.rank)
+        outbox.send_multipart([ToLeader.FAILED, f"BUG\0{type(error).__name__}: {error}".encode()])
+        return 1
+    else:
+        worker.serve()
+        return 0
+    finally:
+        inbox.close()
+        outbox.close()
+        context.term()
+
+
+def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> Worker:
+    began = time.perf_counter()
+    import torch
+
+    from stagemesh.stage.engine.torch_engine import TorchEngine
+    from stagemesh.stage.group import RankGroup
+
+    # Activations are read where they arrived, in memory that is not writable; nothing writes them.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+    torch.set_num_threads(spec.config.num_threads)
+    imported = time.perf_counter()
+    plan = plan_stage(spec.config)
+    group = RankGroup.connect(
+        spec.rank, spec.config.tp, Path(spec.store), timeout_s=spec.config.group_timeout_s
+    )
+    last_said = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last_said
+        now = time.monotonic()
+        if done == total or now - last_said > PROGRESS_INTERVAL_S:
+            last_said = now
+            outbox.send_multipart([ToLeader.PROGRESS, pack([spec.rank, done, total], U64)])
+
+    engine = TorchEngine(
+        plan.source,
+        plan.layers,
+        plan.deals,
+        group,
+        dtype=plan.dtype,
+        num_blocks=plan.num_blocks,
+        block_size=spec.config.block_size,
+        max_context=plan.max_context,
+        dummy=spec.config.load_format == "dummy",
+        progress=progress,
+        start_seconds={"import": imported - began},
+    )
+    return Worker(
+        spec.rank, engine, inbox, outbox, block_size=spec.config.block_size, max_context=plan.max_context
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

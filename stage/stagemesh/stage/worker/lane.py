@@ -1,0 +1,118 @@
+"""A worker's view of the lane it serves: steps waiting, inputs that have come, slots."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stagemesh.stage.engine.batch import Batch
+from stagemesh.stage.engine.slots import SlotTable
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.columns import U32
+from stagemesh.wire.errors import InvalidArgumentError
+from stagemesh.wire.frame import Frame
+
+
+@dataclass(slots=True)
+class _Assembly:
+    """A tensor of several frames on its way in."""
+
+    data: bytearray
+    filled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that has come and has not run."""
+
+    step: stage_pb2.Step
+    arrival_ns: int
+
+
+@dataclass(slots=True)
+class WorkerLane:
+    """Everything of one epoch. A new epoch makes a new one and the old is dropped whole.
+
+    The head step is applied to the slots as soon as it is the head (its changes come before its inputs),
+    so `head` is the batch that runs next.
+    """
+
+    request: stage_pb2.OpenLaneRequest
+    slots: SlotTable
+    pending: deque[PendingStep] = field(default_factory=deque)
+    head: Batch | None = None
+    next_number: int = 1
+    _hidden: dict[int, memoryview] = field(default_factory=dict)
+    _assemblies: dict[tuple[int, int], _Assembly] = field(default_factory=dict)
+    _ring_step: int = 0
+    """The last step whose tokens came back."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first stage."""
+        return self.request.stage_index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last stage."""
+        return self.request.stage_index == self.request.num_stages - 1
+
+    def add(self, step: stage_pb2.Step, arrival_ns: int) -> None:
+        """Queue a step; numbers are consecutive, since links match by order."""
+        if step.number != self.next_number:
+            raise InvalidArgumentError(
+                f"step {step.number} came, expected step {self.next_number}: steps are consecutive", field="steps.number"
+            )
+        self.next_number += 1
+        self.pending.append(PendingStep(step, arrival_ns))
+
+    def take_frame(self, frame: Frame) -> None:
+        """Keep what a neighbour sent. A tensor of one frame is used in place."""
+        if frame.step == 0:  # the dummy that opened the link
+            return
+        if frame.offset == 0 and frame.last:
+            self._complete(frame.kind, frame.step, frame.data)
+            return
+        key = (frame.kind, frame.step)
+        assembly = self._assemblies.setdefault(key, _Assembly(bytearray(frame.total_bytes)))
+        assembly.data[frame.offset : frame.offset + len(frame.data)] = frame.data
+        assembly.filled += len(frame.data)
+        if assembly.filled == len(assembly.data):
+            del self._assemblies[key]
+            self._complete(frame.kind, frame.step, memoryview(assembly.data))
+
+    def take_tokens(self, number: int, tokens: np.ndarray) -> None:
+        """The tokens step `number` sampled, in order of steps."""
+        self.slots.deliver(number, tokens)
+        self._ring_step = number
+
+    def advance(self) -> bool:
+        """Make the next step the head; False if none has come."""
+        if self.head is None and self.pending:
+            self.head = self.slots.apply(self.pending[0].step)
+        return self.head is not None
+
+    def missing(self) -> str:
+        """What the head still needs, for people; empty when it can run."""
+        assert self.head is not None
+        number = self.head.number
+        if not self.first:
+            return "" if number in self._hidden else f"activations of step {number} from stage {self.request.stage_index - 1}"
+        if self.head.newest_input > self._ring_step:
+            return f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
+        return ""
+
+    def take_head(self) -> tuple[PendingStep, Batch, memoryview | None]:
+        """The step to run now, its batch, and its activations (None on the first stage)."""
+        batch = self.head
+        assert batch is not None
+        self.head = None
+        return self.pending.popleft(), batch, self._hidden.pop(batch.number, None)
+
+    def _complete(self, kind: int, step: int, data: memoryview) -> None:
+        if kind == stage_pb2.LINK_KIND_RING:
+            self.take_tokens(step, np.frombuffer(data, U32).astype(np.int64))
+        else:
+            self._hidden[step] = data

@@ -1,0 +1,23 @@
+"""What a leader tells a worker at its start."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from stagemesh.stage.config import StageConfig
+
+
+class WorkerSpec(BaseModel):
+    """Passed as JSON on the command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    leader_pid: int
+    inbox: str
+    """ZeroMQ endpoint the worker pulls from."""
+    outbox: str
+    """ZeroMQ endpoint the worker pushes to."""
+    store: str
+    """File where the ranks of the group meet."""
+    config: StageConfig

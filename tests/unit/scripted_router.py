@@ -1,0 +1,132 @@
+"""A router that does as a test says, on a real gRPC server in this process; it keeps what it received."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from stagemesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from stagemesh.v1 import inference_pb2 as pb
+from stagemesh.wire.errors import NotFoundError, StagemeshError
+from stagemesh.wire.status import to_grpc
+
+INFERENCE = "stagemesh.v1.InferenceService"
+Script = Callable[[pb.GenerateRequest, Any], Iterator[pb.GenerateResponse]]
+
+
+@dataclass
+class Received:
+    """A Generate call, as the server saw it."""
+
+    request: pb.GenerateRequest
+    metadata: dict[str, str]
+    remaining_s: float | None
+    ended: threading.Event = field(default_factory=threading.Event)
+    """The call is over: finished, failed or cancelled."""
+
+
+def words(*texts: str) -> Script:
+    """Streams these texts, then usage."""
+
+    def script(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+        for number, text in enumerate(texts):
+            first = {"request_id": request.request_id} if number == 0 else {}
+            yield pb.GenerateResponse(text=text, token_ids=[number], **first)
+        usage = pb.Usage(prompt_tokens=3, completion_tokens=len(texts), cached_tokens=1)
+        yield pb.GenerateResponse(finish_reason=pb.FINISH_REASON_STOP, usage=usage)
+
+    return script
+
+
+def endless(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+    """Streams until the client goes away."""
+    while context.is_active():
+        yield pb.GenerateResponse(request_id=request.request_id, text="x", token_ids=[1])
+        time.sleep(0.01)
+
+
+def refusal(error: StagemeshError) -> Script:
+    """Refuses with that error."""
+
+    def script(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+        context.abort_with_status(to_grpc(error))
+        yield pb.GenerateResponse()
+
+    return script
+
+
+class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
+    """Use it in a with-block; `script` may be changed at any time, `scripts` are used up first."""
+
+    def __init__(self, script: Script | None = None, port: int = 0) -> None:
+        self.script = script or words("Hello", " world")
+        self.scripts: list[Script] = []
+        self.received: list[Received] = []
+        self.aborted: list[str] = []
+        self.id_metadata = ""
+        self.status = admin_pb2.MeshStatus()
+        self.traces: dict[str, admin_pb2.GetRequestTraceResponse] = {}
+        self.health = health.HealthServicer()
+        self.set_health(health_pb2.HealthCheckResponse.SERVING)
+        options = (("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000))
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=options)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.address = f"127.0.0.1:{self.port}"
+
+    def set_health(self, status: int) -> None:
+        self.health.set(INFERENCE, status)
+
+    def stop(self) -> None:
+        self._server.stop(0).wait()
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+        seen = Received(request, dict(context.invocation_metadata()), context.time_remaining())
+        context.add_callback(seen.ended.set)
+        self.received.append(seen)
+        context.send_initial_metadata((("stagemesh-request-id", self.id_metadata or request.request_id),))
+        script = self.scripts.pop(0) if self.scripts else self.script
+        yield from script(request, context)
+
+    def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        self.aborted.append(request.request_id)
+        return pb.AbortResponse(
+            aborted=any(r.request.request_id == request.request_id for r in self.received)
+        )
+
+    def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        return pb.GetModelResponse(
+            name="scripted", architecture="llama", max_context=64, vocab_size=9, end_token_ids=[2]
+        )
+
+    def GetStatus(self, request: Any, context: Any) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(status=self.status)
+
+    def WatchStatus(self, request: Any, context: Any) -> Iterator[admin_pb2.WatchStatusResponse]:
+        for _ in range(2):
+            yield admin_pb2.WatchStatusResponse(status=self.status)
+
+    def GetRequestTrace(self, request: Any, context: Any) -> admin_pb2.GetRequestTraceResponse:
+        if request.request_id not in self.traces:
+            context.abort_with_status(
+                to_grpc(NotFoundError("no such request", request_id=request.request_id))
+            )
+        return self.traces[request.request_id]

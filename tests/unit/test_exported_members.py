@@ -1,0 +1,61 @@
+"""The public surface, frozen: a change here is a change for users, and is made on purpose."""
+
+from __future__ import annotations
+
+import pytest
+import stagemesh.client
+from stagemesh.client.cli._main import COMMANDS, load_command, make_app
+from typer.main import get_command
+
+EXPORTED = """
+AsyncClient AsyncTokenStream CancelledError ChainError Chunk Client Completion ConfigError
+DeadlineExceededError FailedPreconditionError FinishReason InternalError InvalidArgumentError Message
+ModelError ModelInfo NotFoundError RequestOptions ResourceExhaustedError StageLostError StagemeshError
+StartupError TokenStream UnavailableError UnimplementedError Usage
+"""
+FLAGS = {
+    "up": """
+        --admin --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
+        --kv-memory --link-timeout-s --listen --load-format --log-json --log-level --lookahead
+        --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share
+        --no-debug-logits --no-insecure --no-log-json --no-shared-cores --ready-file --served-model-name
+        --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp
+    """,
+    "generate": """
+        --address --ignore-eos --json --max-tokens --priority --request-id --seed --temperature --timeout
+        --token-ids --top-k --top-p
+    """,
+    "chat": "--address --max-tokens --seed --system --temperature --timeout --top-k --top-p",
+    "status": "--admin --interval --json --watch",
+    "trace": "--admin --json",
+}
+
+
+def flags_of(command: object) -> set[str]:
+    return {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")}  # type: ignore[attr-defined]
+
+
+def test_the_client_exports_these_names_and_has_them() -> None:
+    assert stagemesh.client.__all__ == EXPORTED.split()
+    assert all(hasattr(stagemesh.client, name) for name in stagemesh.client.__all__)
+
+
+def test_the_command_has_these_subcommands_and_global_flags() -> None:
+    assert list(COMMANDS) == ["up", "generate", "chat", "status", "trace", "stage", "router"]
+    assert flags_of(get_command(make_app())) >= {"--version", "--debug", "--install-completion"}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_subcommand_has_these_flags(name: str) -> None:
+    assert flags_of(load_command(name)) == set(FLAGS[name].split())
+
+
+@pytest.mark.parametrize("name", ["stage", "router"])
+def test_every_setting_is_a_flag(name: str) -> None:
+    from stagemesh.router.config import RouterConfig
+    from stagemesh.stage.config import StageConfig
+
+    fields = {"stage": StageConfig, "router": RouterConfig}[name].model_fields
+    flags = flags_of(load_command(name))
+    assert {"--" + field.replace("_", "-") for field in fields} <= flags
+    assert "--config" in flags
