@@ -203,17 +203,18 @@ def write_gguf(
 def write_llama3_gguf(path: Path, tokenizer: Tokenizer) -> Path:
     """The GGUF that llama.cpp's converter would make of `llama3_tokenizer`."""
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id[i] for i in range(len(by_id))]
     added = tokenizer.get_added_tokens_decoder()
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return write_gguf(
         path,
         model="gpt2",
         pre="llama-bpe",
-        tokens=[by_id[i] for i in range(len(by_id))],
+        tokens=tokens,
         types=[(3 if added[i].special else 4) if i in added else 1 for i in range(len(by_id))],
         template=LLAMA3_TEMPLATE,
-        bos_id=tokenizer.token_to_id("<|begin_of_text|>"),
-        eos_id=tokenizer.token_to_id("<|eot_id|>"),
+        bos_id=tokens.index("<|begin_of_text|>"),
+        eos_id=tokens.index("<|eot_id|>"),
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
     )
 

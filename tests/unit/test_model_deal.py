@@ -92,11 +92,10 @@ def test_ranks_hold_the_whole_model_together() -> None:
     layers = range(SMOLLM2.num_layers)
     norms = SMOLLM2.hidden_size * (2 * SMOLLM2.num_layers + 1)
 
+    ends = {"has_embedding": True, "has_head": True}
+
     def held(tp: int) -> int:
-        return sum(
-            shard_parameters(SMOLLM2, layers, rank, has_embedding=True, has_head=True)
-            for rank in deal(SMOLLM2, tp)
-        )
+        return sum(shard_parameters(SMOLLM2, layers, rank, **ends) for rank in deal(SMOLLM2, tp))
 
     assert held(1) == 134_515_008  # what the model's authors count
     assert held(2) == held(1) + norms  # every rank has the norms

@@ -100,6 +100,12 @@ def any_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 BYTE_LEVEL = TOKENIZERS["byte level"][0]
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    id_ = tokenizer.backend.token_to_id(token)
+    assert id_ is not None
+    return id_
+
+
 @BY_NAME
 def test_kind(name: str) -> None:
     tokenizer, kind = TOKENIZERS[name]
@@ -125,7 +131,8 @@ def test_byte_level_holds_back_one_character_at_most(ids: list[int]) -> None:
         text += detokenizer.push([id_])
         whole = BYTE_LEVEL.decode(ids[:end])
         assert whole.startswith(text)
-        assert len(whole) - len(text) <= 1
+        # Two only where the beginning of an encoded surrogate waits for its third byte.
+        assert len(whole) - len(text) <= (2 if whole.endswith("��") else 1)
 
 
 @pytest.mark.parametrize("strip", [0, 1, 2])
@@ -152,16 +159,16 @@ def test_a_character_appears_when_its_last_byte_does() -> None:
 
 def test_special_tokens_do_not_break_a_character() -> None:
     tokenizer = byte_fallback(strip=1)
-    end = tokenizer.backend.token_to_id("</s>")
+    end = id_of(tokenizer, "</s>")
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert detokenizer.push([0xC3, end, 0xA9, end]) == ""
-    assert detokenizer.push([tokenizer.backend.token_to_id("a")]) == "éa"
+    assert detokenizer.push([id_of(tokenizer, "a")]) == "éa"
     assert detokenizer.push([]) == detokenizer.finish() == ""
 
 
 def test_added_text_is_kept() -> None:
     for tokenizer in (BYTE_LEVEL, byte_fallback(strip=1)):
-        ids = [tokenizer.backend.token_to_id(token) for token in ("<think>", "<s>", "<｜x é｜>")]
+        ids = [id_of(tokenizer, token) for token in ("<think>", "<s>", "<｜x é｜>")]
         assert IncrementalDetokenizer(tokenizer).push(ids) == "<think><｜x é｜>"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ from stagemesh.wire.errors import ModelError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 NUM_LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small copies on two threads wait for each other wherever the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def save(folder: Path, *, tied: bool = False, shard: str = "1GB", dtype: torch.dtype = torch.float32) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ SHAPES = {
     "blk.0.ffn_down": (HIDDEN, COLUMNS),
     "output": (VOCAB, HIDDEN),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small copies on two threads wait for each other wherever the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def quantize(shape: tuple[int, int], kind: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 from stagemesh.wire.errors import FailedPreconditionError, StagemeshError, UnavailableError
@@ -44,7 +45,8 @@ def call_error(error: grpc.RpcError, *, address: str, request_id: str = "") -> S
     """The error behind a failed call. Where nothing answered, it names the address."""
     mapped = from_rpc_error(error, request_id)
     # Without details no router said it: the words are gRPC's own, long, and the cause comes last.
-    said = any(key == _DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    trailers: Any = error.trailing_metadata() or ()
+    said = any(key == _DETAILS_KEY for key, _ in trailers)
     if isinstance(mapped, UnavailableError) and not said:
         cause = mapped.message.rpartition(": ")[2] or "no answer"
         return UnavailableError(f"no connection to {address}: {cause}", request_id=request_id)

@@ -57,12 +57,13 @@ class RopeConfig:
         In float32 like transformers, so that angles at long positions agree with it.
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies: NDArray[np.float32] = np.float32(1.0) / np.power(np.float32(self.theta), exponents)
+        powers: NDArray[np.float32] = np.power(np.full_like(exponents, self.theta), exponents)
+        frequencies = np.reciprocal(powers)
         match self.scaling:
             case LinearRopeScaling(factor=factor):
-                return frequencies / np.float32(factor)
+                return np.divide(frequencies, np.float32(factor), dtype=np.float32)
             case FactorRopeScaling(factors=factors):
-                return frequencies / np.asarray(factors, dtype=np.float32)
+                return np.divide(frequencies, np.asarray(factors, dtype=np.float32))
             case Llama3RopeScaling() as scaling:
                 return _llama3(frequencies, scaling)
             case None:

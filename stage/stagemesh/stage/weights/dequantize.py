@@ -47,9 +47,10 @@ def dequantize_into(out: torch.Tensor, rows: NDArray[Any], ggml_type: GGMLQuanti
     kernel(out.view(-1, block), torch.from_numpy(rows).view(-1, block_bytes))
 
 
-# gguf's numpy takes 21 ns a weight for these types, the torch kernels below 2 to 5. Each works on all blocks
-# of a chunk at once: `out` [blocks, elements of a block], `raw` uint8 [blocks, bytes of a block]. Products and
-# sums are separate operations, so that no fused multiply-add rounds differently from gguf.
+# Per weight, on one core, in chunks that fit its cache: Q8_0 takes 0.5 ns against gguf's 4.4, Q4_0 and Q4_1 2
+# against 4. (The K-quants take gguf 5 to 9, whole tensors at once 21.) Each kernel works on all blocks of a
+# chunk: `out` [blocks, elements of a block], `raw` uint8 [blocks, bytes of a block]. Products and sums are
+# separate operations, so that no fused multiply-add rounds differently from gguf.
 
 
 def _half(raw: torch.Tensor, begin: int) -> torch.Tensor:

@@ -1,0 +1,317 @@
+"""A lane's life: form, serve until a stage is lost, form again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagemesh.router.config import RouterConfig
+from stagemesh.router.lane.chain import Member, check_chain
+from stagemesh.router.lane.forming import open_links, open_stages
+from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.scheduler import Delta, Limits, Request, Scheduler, Step
+from stagemesh.router.scheduler.step import encode
+from stagemesh.v1 import admin_pb2, stage_pb2
+from stagemesh.wire.columns import U32, unpack
+from stagemesh.wire.errors import ChainError, StageLostError, StagemeshError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+RETRY_S = 1.0
+LINK_TIMEOUT_S = 20.0
+LANE_ID = "lane-0"
+
+FORMING = admin_pb2.LANE_STATE_FORMING
+READY = admin_pb2.LANE_STATE_READY
+DRAINING = admin_pb2.LANE_STATE_DRAINING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneEvents:
+    """What a lane tells its owner, in its event loop."""
+
+    on_delta: Callable[[Delta], None]
+    on_lost: Callable[[Request, StagemeshError], None]
+    """The request's stream ends with that error."""
+    on_ready: Callable[[bool], None]
+    """The lane can, or can no longer, take requests."""
+
+
+class Lane:
+    """A chain of one replica of each stage, and its scheduler.
+
+    Args:
+        config: Of the router.
+        model_fingerprint: What every stage must have.
+        events: Whom to tell.
+    """
+
+    def __init__(self, config: RouterConfig, model_fingerprint: str, events: LaneEvents) -> None:
+        self._config = config
+        self._fingerprint = model_fingerprint
+        self._events = events
+        self.stages = [StageLink(index, address) for index, address in enumerate(config.stages)]
+        self.state: admin_pb2.LaneState = FORMING
+        self.reason = "starting"
+        self.epoch = 0
+        self.limiting_stage = 0
+        self.num_steps = 0
+        self.scheduler: Scheduler | None = None
+        self._sent_at: dict[int, float] = {}
+        self._lost: asyncio.Future[StageLostError] | None = None
+        self._pumping = False
+        self._said = ""
+        self._step_log = Path(config.step_log).open("a") if config.step_log else None
+
+    # Requests
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to the scheduler; refusals are raised."""
+        if self.scheduler is None:
+            raise UnavailableError(
+                f"no lane is ready: {self.reason}",
+                reason="LANE_NOT_READY",
+                request_id=request.request_id,
+                retry_after_s=1.0,
+            )
+        self.scheduler.submit(request)
+        self._pump_soon()
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its blocks are free at once. False if it was not live."""
+        delta = self.scheduler.abort(request_id) if self.scheduler else None
+        if delta is None:
+            return False
+        self._events.on_delta(delta)
+        self._pump_soon()
+        return True
+
+    # Life
+
+    async def run(self) -> None:
+        """Form the lane and serve, again and again, until cancelled."""
+        try:
+            while True:
+                await self._form()
+                error = await self._serve()
+                log.error("lane lost: %s", error)
+                self._drop(error)
+        finally:
+            await self._close_streams()
+            for stage in self.stages:
+                await stage.aclose()
+
+    async def _form(self) -> None:
+        while True:
+            members = await self._gather()
+            try:
+                check_chain(members, self._fingerprint)
+                await self._open(members)
+            except ChainError as error:
+                self._mark_refused(error)
+            except StagemeshError as error:
+                self._wait_for(f"opening the lane failed: {error}")
+                await self._close_streams()
+            else:
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _gather(self) -> list[Member]:
+        """Every stage, ready; waits as long as it takes and says for which."""
+        while True:
+            members = await asyncio.gather(*(stage.describe() for stage in self.stages))
+            missing = [stage for stage, member in zip(self.stages, members, strict=True) if member is None]
+            if not missing:
+                return [member for member in members if member is not None]
+            self._wait_for(
+                "waiting for " + ", ".join(f"{stage.name}: {_short(stage.detail)}" for stage in missing)
+            )
+            await asyncio.sleep(POLL_S)
+
+    async def _open(self, members: list[Member]) -> None:
+        limits = self._limits(members)
+        # Above any epoch of a router before this one, since a restart must outrank what it left open.
+        self.epoch = max(self.epoch + 1, time.time_ns() // 1_000_000)
+        await open_stages(
+            self.stages,
+            stage_pb2.OpenLaneRequest(
+                lane_id=LANE_ID,
+                epoch=self.epoch,
+                num_stages=len(members),
+                num_blocks=limits.num_blocks,
+                max_slots=limits.max_slots,
+                depth=limits.depth,
+                step_timeout_ms=int(self._config.step_timeout_s * 1000),
+                debug_logits=self._config.debug_logits,
+            ),
+        )
+        await open_links(self.stages, self.epoch, LINK_TIMEOUT_S)
+        self._lost = asyncio.get_running_loop().create_future()
+        for stage in self.stages:
+            stage.timings.clear()
+            stage.report = stage_pb2.StageReport()
+            stage.execute(self.epoch, self._take_response, self._lose)
+        self.scheduler = Scheduler(limits)
+        self.num_steps = 0
+        self._sent_at.clear()
+        self.limiting_stage = min(members, key=lambda member: member.description.num_blocks).index
+        self.state, self.reason, self._said = READY, "", ""
+        log.info(
+            "lane ready: %d stages, epoch %d, %d KV blocks of %d tokens (stage %d limits), %d microbatches, depth %d",
+            len(members),
+            self.epoch,
+            limits.num_blocks,
+            limits.block_size,
+            self.limiting_stage,
+            limits.num_microbatches,
+            limits.depth,
+        )
+        self._events.on_ready(True)
+
+    def _limits(self, members: list[Member]) -> Limits:
+        microbatches = self._config.max_in_flight or num_microbatches(members)
+        slots = min(self._config.max_sequences, *(member.description.max_slots for member in members), 1 << 16)
+        return Limits(
+            num_blocks=min(member.description.num_blocks for member in members),
+            block_size=members[0].description.block_size,
+            max_slots=slots * len(members),
+            max_waiting=self._config.max_waiting,
+            step_tokens=self._config.step_tokens,
+            num_microbatches=microbatches,
+            # One step beyond the microbatches keeps the first stage's queue filled while results travel.
+            depth=microbatches + (1 if self._config.lookahead else 0),
+            lookahead=self._config.lookahead,
+        )
+
+    async def _serve(self) -> StageLostError:
+        """Watch until a stage is lost, and return how."""
+        assert self._lost is not None
+        while True:
+            done, _ = await asyncio.wait({self._lost}, timeout=POLL_S)
+            if done:
+                return self._lost.result()
+            if error := self._overdue():
+                return error
+
+    def _overdue(self) -> StageLostError | None:
+        """The control plane is the failure detector: silence and unanswered steps name their stage."""
+        now = time.monotonic()
+        for stage in self.stages:
+            silent_s = now - stage.heard_at
+            if silent_s > self._config.heartbeat_timeout_s:
+                return stage.lost(f"no heartbeat for {silent_s:.1f} s")
+        number = self.scheduler.oldest_in_flight if self.scheduler else 0
+        waited_s = now - self._sent_at.get(number, now)
+        if waited_s <= self._config.step_timeout_s:
+            return None
+        culprit = next((stage for stage in self.stages if stage.report.last_done < number), self.stages[-1])
+        waiting = f", it waits for {culprit.report.waiting_for}" if culprit.report.waiting_for else ""
+        return culprit.lost(f"step {number} is unanswered for {waited_s:.0f} s{waiting}")
+
+    def _drop(self, error: StageLostError) -> None:
+        scheduler, self.scheduler = self.scheduler, None
+        self.state, self.reason = FORMING, str(error)
+        self._events.on_ready(False)
+        for sequence in scheduler.live if scheduler else []:
+            self._events.on_lost(sequence.request, error)
+
+    async def _close_streams(self) -> None:
+        await asyncio.gather(*(stage.close_stream() for stage in self.stages))
+
+    def _lose(self, error: StageLostError) -> None:
+        if self._lost and not self._lost.done():
+            self._lost.set_result(error)
+
+    def _wait_for(self, reason: str) -> None:
+        self.state, self.reason = FORMING, reason
+        if reason != self._said:
+            log.info("%s", reason)
+            self._said = reason
+
+    def _mark_refused(self, error: ChainError) -> None:
+        for stage in self.stages:
+            if stage.name == error.stage:
+                stage.state, stage.detail = "refused", str(error)
+        self._wait_for(f"the stages do not make a lane: {error}")
+
+    # Steps
+
+    def _pump_soon(self) -> None:
+        """Form steps at the end of this turn of the loop, so that requests that came together go together."""
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        while self.scheduler and (step := self.scheduler.next_step()):
+            request = stage_pb2.ExecuteRequest(steps=[encode(step, self.epoch)]).SerializeToString()
+            for stage in self.stages:
+                stage.send(request)
+            self._sent_at[step.number] = time.monotonic()
+            self.num_steps += 1
+            if self._step_log:
+                self._log_step(step, len(request))
+
+    def _take_response(self, stage: StageLink, response: stage_pb2.ExecuteResponse) -> None:
+        if response.HasField("report") and response.report.epoch == self.epoch:
+            stage.timings.add(response.report)
+            stage.report = response.report
+        for result in response.results:
+            if self.scheduler is None or result.epoch != self.epoch:
+                continue
+            self._sent_at.pop(result.number, None)
+            tokens = unpack(result.token_ids, U32, "token_ids")
+            if self._step_log:
+                self._log_result(result)
+            for delta in self.scheduler.take_result(result.number, tokens):
+                self._events.on_delta(delta)
+        if response.results:
+            self._pump_soon()
+
+    def _log_step(self, step: Step, num_bytes: int) -> None:
+        assert self._step_log is not None
+        rows = [
+            (sequence.request.request_id, int(count), bool(sample))
+            for sequence, count, sample in zip(step.sequences, step.counts, step.sample, strict=True)
+        ]
+        self._step_log.write(json.dumps({"step": step.number, "bytes": num_bytes, "rows": rows}) + "\n")
+        self._step_log.flush()
+
+    def _log_result(self, result: stage_pb2.StepResult) -> None:
+        assert self._step_log is not None
+        line = {"result": result.number, "tokens": unpack(result.token_ids, U32, "token_ids").tolist()}
+        if result.logits:
+            line["logits"] = result.logits.hex()
+        self._step_log.write(json.dumps(line) + "\n")
+        self._step_log.flush()
+
+
+def num_microbatches(members: list[Member]) -> int:
+    """How many microbatches to keep in flight: as many as stages that can compute at the same time.
+
+    Stages whose threads share the cores of one host gain nothing from computing at once: two steps
+    each take twice as long. A host counts for as many stages as its cores can run side by side.
+    """
+    hosts: dict[str, list[Member]] = {}
+    for member in members:
+        hosts.setdefault(member.description.host_id, []).append(member)
+    total = 0
+    for group in hosts.values():
+        cpu = [member for member in group if all(rank.device == "cpu" for rank in member.description.ranks)]
+        wanted = sum(member.description.threads_per_rank * len(member.description.ranks) for member in cpu)
+        cores = max((member.description.num_cores for member in cpu), default=1)
+        at_once = len(cpu) if wanted <= cores else max(1, len(cpu) * cores // max(wanted, 1))
+        total += len(group) - len(cpu) + (at_once if cpu else 0)
+    return total
+
+
+def _short(detail: str) -> str:
+    """gRPC's connection errors repeat the address three times; the last part says what happened."""
+    return detail.rpartition(": ")[2] if detail.startswith("failed to connect") else detail

@@ -1,0 +1,146 @@
+"""The router's side of one stage: its channel, its Execute stream, what it reported."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from stagemesh.router.lane.chain import Member
+from stagemesh.router.lane.timings import StageTimings
+from stagemesh.v1 import stage_pb2, stage_pb2_grpc
+from stagemesh.wire.errors import StageLostError, UnavailableError
+from stagemesh.wire.service import MESH_CHANNEL_OPTIONS
+from stagemesh.wire.status import from_rpc_error
+
+log = logging.getLogger(__name__)
+
+_EXECUTE = "/stagemesh.v1.StageService/Execute"
+DESCRIBE_TIMEOUT_S = 3.0
+EPOCH_KEY = "stagemesh-epoch"
+
+OnResponse = Callable[["StageLink", stage_pb2.ExecuteResponse], None]
+OnLost = Callable[[StageLostError], None]
+
+
+class StageLink:
+    """One stage as the router sees it.
+
+    Args:
+        index: Place in the lane, from 0.
+        address: Of the stage.
+    """
+
+    def __init__(self, index: int, address: str) -> None:
+        self.index = index
+        self.address = address
+        self.state = "absent"
+        """absent, loading, refused, ready or lost."""
+        self.detail = ""
+        self.description = stage_pb2.DescribeResponse()
+        self.report = stage_pb2.StageReport()
+        self.timings = StageTimings()
+        self.heard_at = 0.0
+        self._channel = grpc.aio.insecure_channel(address, options=MESH_CHANNEL_OPTIONS)
+        self.stub = stage_pb2_grpc.StageServiceStub(self._channel)
+        self._outgoing: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def name(self) -> str:
+        """As errors call it."""
+        return f"stage {self.index} ({self.address})"
+
+    async def describe(self) -> Member | None:
+        """The stage if it is there and ready; otherwise None, and `state` and `detail` say why."""
+        try:
+            self.description = await self.stub.Describe(stage_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            self.state, self.detail = "absent", error.details() or error.code().name
+            return None
+        if self.description.not_ready_reason:
+            self.state, self.detail = "loading", self.description.not_ready_reason
+            return None
+        self.state, self.detail = "ready", ""
+        return Member(self.index, self.address, self.description)
+
+    def execute(self, epoch: int, on_response: OnResponse, on_lost: OnLost) -> None:
+        """Open the Execute stream; `on_lost` is called once if it ends before `close_stream`."""
+        call = self._channel.stream_stream(
+            _EXECUTE, response_deserializer=stage_pb2.ExecuteResponse.FromString
+        )(metadata=((EPOCH_KEY, str(epoch)),))
+        self._outgoing = []
+        self._wake.clear()
+        self.heard_at = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(self._write(call, on_lost)),
+            asyncio.create_task(self._read(call, on_response, on_lost)),
+        ]
+
+    def send(self, request: bytes) -> None:
+        """Queue a serialized ExecuteRequest; what queues up while one is written goes as one message."""
+        self._outgoing.append(request)
+        self._wake.set()
+
+    async def close_stream(self) -> None:
+        """End the Execute stream, with it the lane on that stage."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """Close everything."""
+        await self.close_stream()
+        await self._channel.close()
+
+    def lost(self, how: str) -> StageLostError:
+        """The error that names this stage."""
+        return StageLostError(
+            f"{self.name} was lost: {how}", reason="STAGE_LOST", stage=self.name, retry_after_s=1.0
+        )
+
+    async def _write(self, call: grpc.aio.StreamStreamCall, on_lost: OnLost) -> None:
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                outgoing, self._outgoing = self._outgoing, []
+                # Serialized messages of one type merge when put end to end.
+                await call.write(b"".join(outgoing))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self._say_lost(call, on_lost)
+        finally:
+            call.cancel()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall, on_response: OnResponse, on_lost: OnLost) -> None:
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                self.heard_at = time.monotonic()
+                on_response(self, response)
+        except grpc.aio.AioRpcError:
+            log.debug("%s: the Execute stream broke", self.name)
+        await self._say_lost(call, on_lost)
+
+    async def _say_lost(self, call: grpc.aio.StreamStreamCall, on_lost: OnLost) -> None:
+        self.state = "lost"
+        try:
+            details = await call.details()
+            status = from_rpc_error(
+                grpc.aio.AioRpcError(
+                    await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details
+                )
+            )
+        except grpc.aio.AioRpcError as error:
+            status = from_rpc_error(error)
+        self.detail = status.message
+        if isinstance(status, StageLostError | UnavailableError) or not status.message:
+            on_lost(self.lost(status.message or "its stream ended"))
+        else:
+            log.error("%s ended the lane: %s", self.name, status)
+            on_lost(self.lost(f"{status.code.name}: {status.message}"))

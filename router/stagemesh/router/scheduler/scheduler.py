@@ -1,0 +1,387 @@
+"""Continuous batching over paged KV, with lookahead.
+
+The scheduler is a state machine: `submit`, `abort` and `take_result` are its events, `next_step` its
+output. It has no clock and does no I/O, so the same class runs live, in tests and in virtual time.
+
+A step is formed from what is ready: decoding sequences first (those that waited longest), then prefill
+chunks of running sequences, then new sequences, up to a budget of tokens. A decoding sequence is ready
+while at most `lookahead` of its sampled tokens are unseen here; the stages take the token of the step
+that a row names. Everything a stage needs to know is in the order of the steps, so blocks and slots are
+free for others the moment their sequence ends, even with steps of it in flight (rules 4 and 7 of
+docs/architecture.md): whoever gets them computes later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stagemesh.router.scheduler.blocks import BlockPool
+from stagemesh.router.scheduler.request import Delta, Finish, Request
+from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.scheduler.step import Changes, Step
+from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
+
+ROWS_KEPT = 256
+"""Steps back that a step may repeat the rows of; the stages keep more."""
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a lane has room for, and how it is driven."""
+
+    num_blocks: int
+    block_size: int
+    max_slots: int
+    """Sequences running at once."""
+    max_waiting: int
+    step_tokens: int
+    """Positions of a step at most."""
+    num_microbatches: int
+    """Parts the running decodes are dealt into."""
+    depth: int
+    """Unanswered steps at most (D)."""
+    lookahead: int
+    """Sampled tokens of a sequence that may be unseen when its next step is made."""
+
+
+class Scheduler:
+    """The scheduler of one lane."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self._waiting: list[Sequence] = []
+        self._live: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._number = 0
+        self._in_flight: dict[int, Step] = {}
+        self._sampled: dict[int, Int64] = {}
+        self._changes = Changes()
+        self._prefilling: list[Sequence] = []
+        self._yielding: list[Sequence] = []
+        # A column each, indexed by slot.
+        count = limits.max_slots
+        self._free_slots = list(range(count - 1, -1, -1))
+        self._by_slot: list[Sequence | None] = [None] * count
+        self._decoding = np.zeros(count, np.bool_)
+        self._position = np.zeros(count, np.int64)
+        self._end_position = np.zeros(count, np.int64)
+        self._num_cells = np.zeros(count, np.int64)
+        self._unseen = np.zeros(count, np.int64)
+        self._steps_in_flight = np.zeros(count, np.int64)
+        self._last_step = np.zeros(count, np.int64)
+        self.num_preemptions = 0
+
+    # Events
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Refusals are raised: nothing else of the scheduler changes."""
+        needed = -(-request.num_positions // self.limits.block_size)
+        if needed > self.limits.num_blocks:
+            raise InvalidArgumentError(
+                f"prompt of {len(request.prompt)} tokens and max_tokens {request.max_tokens} need {needed} KV blocks; "
+                f"the lane has {self.limits.num_blocks} of {self.limits.block_size} tokens in all: ask for less",
+                field="max_tokens",
+                reason="ABOVE_KV_CAPACITY",
+                request_id=request.request_id,
+            )
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise ResourceExhaustedError(
+                f"{len(self._waiting)} requests already wait, the limit of the queue; try again later",
+                reason="QUEUE_FULL",
+                request_id=request.request_id,
+                retry_after_s=1.0,
+            )
+        if request.request_id in self._live:
+            raise InvalidArgumentError(
+                f"request_id '{request.request_id}' is live already; choose another",
+                field="request_id",
+                reason="DUPLICATE_REQUEST_ID",
+                request_id=request.request_id,
+            )
+        self._arrivals += 1
+        sequence = Sequence(request, order=self._arrivals, to_prefill=request.prompt)
+        self._live[request.request_id] = sequence
+        insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request wherever it is; None if it is not live. Its blocks are free at once."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return None
+        self._finish(sequence, Finish.ABORT)
+        return Delta(sequence.request, [], Finish.ABORT)
+
+    def take_result(self, number: int, token_ids: npt.NDArray[np.uint32]) -> list[Delta]:
+        """The tokens of the oldest unanswered step; returns what they mean for each request."""
+        step = self._in_flight.pop(number, None)
+        rows = np.flatnonzero(step.sample) if step else np.zeros(0, np.int64)
+        if step is None or len(rows) != len(token_ids):
+            raise InvalidArgumentError(
+                f"{len(token_ids)} tokens came for step {number}; expected {len(rows)}", reason="BAD_RESULT"
+            )
+        for sequence in step.sequences:
+            if sequence.slot >= 0:  # it cannot have left and come back: it leaves with no step in flight
+                self._steps_in_flight[sequence.slot] -= 1
+        deltas = []
+        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            sequence = step.sequences[row]
+            if sequence.finish is None:
+                deltas.append(self._take_token(sequence, token))
+        if self._yielding:
+            self._yield_idle()
+        return deltas
+
+    # Output
+
+    def next_step(self) -> Step | None:
+        """The next step, if there is work that may be sent now."""
+        if len(self._in_flight) >= self.limits.depth:
+            return None
+        yielded = self.num_preemptions
+        decodes = self._pick_decodes()
+        prefills = self._pick_prefills(self.limits.step_tokens - len(decodes))
+        if not len(decodes) and not prefills:
+            # Whoever was picked has just yielded: what it gave up makes work for others.
+            return self.next_step() if self.num_preemptions > yielded else None
+        step = self._make_step(self._number + 1, decodes, prefills)
+        self._commit(step)
+        return step
+
+    @property
+    def num_in_flight(self) -> int:
+        """Unanswered steps."""
+        return len(self._in_flight)
+
+    @property
+    def oldest_in_flight(self) -> int:
+        """Number of the oldest unanswered step; 0 if there is none."""
+        return next(iter(self._in_flight), 0)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not running."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a slot."""
+        return len(self._live) - len(self._waiting)
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Every request that has not ended, oldest first."""
+        return sorted(self._live.values(), key=lambda sequence: sequence.order)
+
+    def sequence(self, request_id: str) -> Sequence | None:
+        """A live request's sequence."""
+        return self._live.get(request_id)
+
+    # Decodes
+
+    def _pick_decodes(self) -> Int64:
+        ready = np.flatnonzero(
+            self._decoding & (self._unseen <= self.limits.lookahead) & (self._position < self._end_position)
+        )
+        share = -(-int(np.count_nonzero(self._decoding)) // self.limits.num_microbatches)
+        share = min(share, self.limits.step_tokens)
+        if len(ready) > share:
+            longest_waiting = np.argsort(self._last_step[ready], kind="stable")[:share]
+            ready = np.sort(ready[longest_waiting])
+        full = ready[self._position[ready] == self._num_cells[ready]]
+        if not len(full):
+            return ready
+        # To find a block for one, another may yield, also one looked at before: ask who is left at the end.
+        grown = [slot for slot in full.tolist() if (one := self._by_slot[slot]) and self._grow(one)]
+        left_out = np.setdiff1d(full, grown)
+        return ready[self._decoding[ready] & ~np.isin(ready, left_out)]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more block for a decoding sequence; if there is none, somebody yields, it itself perhaps."""
+        if not self.pool.num_free and not self._yielding:
+            self._ask_to_yield(self._victim())
+        if sequence.slot < 0 or not self._decoding[sequence.slot] or not self.pool.num_free:
+            return False
+        self._append(sequence, 1)
+        return True
+
+    # Prefill
+
+    def _pick_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+        """(sequence, positions) of the chunks that fit."""
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in list(self._prefilling):
+            if budget <= 0:
+                return chunks
+            # A chunk for one may have made a younger one yield.
+            count = self._chunk(sequence, budget) if sequence.slot >= 0 else 0
+            if count:
+                chunks.append((sequence, count))
+                budget -= count
+        while budget > 0 and self._waiting and self._free_slots and not self._yielding:
+            sequence = self._waiting[0]
+            # Room for the whole of its prompt, lest it start only to yield.
+            if -(-(len(sequence.to_prefill) + 1) // self.limits.block_size) > self.pool.num_free and self.num_running:
+                break
+            self._admit(self._waiting.pop(0))
+            count = self._chunk(sequence, budget)
+            if not count:
+                break
+            chunks.append((sequence, count))
+            budget -= count
+        return chunks
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Positions of its next chunk, with blocks for them; 0 if there are no blocks now."""
+        position = int(self._position[sequence.slot])
+        count = min(len(sequence.to_prefill) - position, budget)
+        size = self.limits.block_size
+        room = len(sequence.blocks) * size - position
+        if not room and not self.pool.num_free and not self._yielding and (victim := self._victim()) is not sequence:
+            self._ask_to_yield(victim)
+        count = min(count, room + self.pool.num_free * size)
+        needed = -(-(position + count) // size) - len(sequence.blocks)
+        if needed > 0:
+            self._append(sequence, needed)
+        return count
+
+    def _admit(self, sequence: Sequence) -> None:
+        slot = self._free_slots.pop()
+        sequence.slot = slot
+        sequence.first_position = 0
+        self._by_slot[slot] = sequence
+        self._decoding[slot] = False
+        self._position[slot] = 0
+        self._end_position[slot] = sequence.request.num_positions
+        self._num_cells[slot] = 0
+        self._unseen[slot] = 0
+        self._steps_in_flight[slot] = 0
+        self._last_step[slot] = 0
+        self._prefilling.append(sequence)
+        self._changes.admitted.append(sequence)
+
+    def _append(self, sequence: Sequence, count: int) -> None:
+        after = int(sequence.blocks[-1]) if len(sequence.blocks) else -1
+        room = -(-sequence.request.num_positions // self.limits.block_size) - len(sequence.blocks)
+        blocks = self.pool.take(count, after, room)
+        sequence.blocks = np.concatenate((sequence.blocks, blocks))
+        self._num_cells[sequence.slot] += count * self.limits.block_size
+        self._changes.appended.append((sequence.slot, blocks))
+
+    # Steps
+
+    def _make_step(self, number: int, decodes: Int64, prefills: list[tuple[Sequence, int]]) -> Step:
+        inputs = self._last_step[decodes]
+        tokens, ends = [], []
+        for sequence, count in prefills:
+            position = int(self._position[sequence.slot])
+            tokens.append(sequence.to_prefill[position : position + count])
+            ends.append(position + count == len(sequence.to_prefill))
+        same_rows_as = 0
+        if len(decodes) and not prefills:
+            candidate = int(inputs[0])
+            earlier = self._sampled.get(candidate)
+            if earlier is not None and (inputs == candidate).all() and np.array_equal(earlier, decodes):
+                same_rows_as = candidate
+        changes, self._changes = self._changes, Changes()
+        return Step(
+            number=number,
+            changes=changes,
+            slots=np.r_[decodes, np.array([sequence.slot for sequence, _ in prefills], np.int64)],
+            counts=np.r_[np.ones(len(decodes), np.int64), np.array([count for _, count in prefills], np.int64)],
+            input_steps=np.r_[inputs, np.zeros(len(prefills), np.int64)].astype(np.uint64),
+            tokens=tokens,
+            sample=np.r_[np.ones(len(decodes), np.bool_), np.array(ends, np.bool_)],
+            sequences=[*(self._running(slot) for slot in decodes.tolist()), *(sequence for sequence, _ in prefills)],
+            same_rows_as=same_rows_as,
+        )
+
+    def _commit(self, step: Step) -> None:
+        """The step will be sent: every column moves on as if it had run."""
+        slots, sampled = step.slots, step.slots[step.sample]
+        self._number = step.number
+        self._in_flight[step.number] = step
+        self._sampled[step.number] = sampled
+        self._sampled.pop(step.number - ROWS_KEPT, None)
+        self._position[slots] += step.counts
+        self._steps_in_flight[slots] += 1
+        self._unseen[sampled] += 1
+        self._last_step[sampled] = step.number
+        self._decoding[sampled] = True
+        if step.tokens:
+            self._prefilling = [sequence for sequence in self._prefilling if not self._decoding[sequence.slot]]
+
+    def _take_token(self, sequence: Sequence, token: int) -> Delta:
+        sequence.token_ids.append(token)
+        if sequence.slot >= 0:
+            self._unseen[sequence.slot] -= 1
+        finish = None
+        if token in sequence.request.end_token_ids:
+            finish = Finish.STOP
+        elif len(sequence.token_ids) >= sequence.request.max_tokens:
+            finish = Finish.LENGTH
+        if finish:
+            self._finish(sequence, finish)
+        return Delta(sequence.request, [token], finish)
+
+    # Leaving
+
+    def _finish(self, sequence: Sequence, finish: Finish) -> None:
+        sequence.finish = finish
+        del self._live[sequence.request.request_id]
+        if sequence.slot >= 0:
+            self._vacate(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Its slot and blocks are free; the stages hear of it in the next step."""
+        slot = sequence.slot
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks = sequence.blocks[:0]
+        self._decoding[slot] = False
+        self._by_slot[slot] = None
+        self._free_slots.append(slot)
+        sequence.slot = -1
+        if sequence in self._changes.admitted:  # the stages have not heard of it yet
+            self._changes.admitted.remove(sequence)
+        self._changes.appended = [change for change in self._changes.appended if change[0] != slot]
+        self._changes.released.append(slot)
+        for group in (self._prefilling, self._yielding):
+            if sequence in group:
+                group.remove(sequence)
+
+    # Preemption
+
+    def _victim(self) -> Sequence:
+        """Who yields: the lowest priority, and of those the youngest."""
+        running = [sequence for sequence in self._by_slot if sequence is not None]
+        return max(running, key=lambda sequence: sequence.waits_before)
+
+    def _ask_to_yield(self, sequence: Sequence) -> None:
+        """It takes no further step, and leaves when none of its steps is in flight (rule 3)."""
+        self._decoding[sequence.slot] = False
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._yielding.append(sequence)
+        self._yield_idle()
+
+    def _yield_idle(self) -> None:
+        for sequence in [one for one in self._yielding if self._steps_in_flight[one.slot] == 0]:
+            self._vacate(sequence)
+            generated = np.array(sequence.token_ids, np.uint32)
+            sequence.to_prefill = np.concatenate((sequence.request.prompt, generated))
+            sequence.num_preemptions += 1
+            self.num_preemptions += 1
+            insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
+
+    def _running(self, slot: int) -> Sequence:
+        sequence = self._by_slot[slot]
+        assert sequence is not None
+        return sequence

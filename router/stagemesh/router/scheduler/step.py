@@ -1,0 +1,95 @@
+"""A step as the scheduler made it, its wire form, and the record its result is matched against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.columns import F32, U8, U32, U64, pack
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a step changes on the stages before its rows run."""
+
+    released: list[int] = field(default_factory=list)
+    """Slots."""
+    admitted: list[Sequence] = field(default_factory=list)
+    appended: list[tuple[int, npt.NDArray[np.uint32]]] = field(default_factory=list)
+    """(slot, blocks)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One microbatch. Rows are decodes first, then prefill chunks; all columns have a row each."""
+
+    number: int
+    changes: Changes
+    slots: Int64
+    counts: Int64
+    input_steps: npt.NDArray[np.uint64]
+    """The step whose sample is the row's input; 0: its tokens are given."""
+    tokens: list[npt.NDArray[np.uint32]]
+    """Of the rows with input step 0."""
+    sample: npt.NDArray[np.bool_]
+    sequences: list[Sequence]
+    """Who each row belongs to. The result finds its sequences here, never by slot."""
+    same_rows_as: int = 0
+    """Above 0: the rows are those that step sampled."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed."""
+        return int(self.counts.sum())
+
+    @property
+    def num_decodes(self) -> int:
+        """Rows whose input comes from an earlier step."""
+        return int((self.input_steps > 0).sum())
+
+
+def encode(step: Step, epoch: int) -> stage_pb2.Step:
+    """The step on the wire."""
+    message = stage_pb2.Step(epoch=epoch, number=step.number)
+    changes = step.changes
+    if changes.released:
+        message.release_slots = pack(changes.released, U32)
+    if changes.admitted:
+        message.admissions.CopyFrom(_admissions(changes.admitted))
+    if changes.appended:
+        slots = [slot for slot, _ in changes.appended]
+        blocks = [some for _, some in changes.appended]
+        message.append_slots = pack(np.repeat(slots, [len(some) for some in blocks]), U32)
+        message.append_blocks = pack(np.concatenate(blocks), U32)
+    if step.same_rows_as:
+        message.same_rows_as = step.same_rows_as
+        return message
+    rows = message.rows
+    rows.slots = pack(step.slots, U32)
+    if (step.counts != 1).any():
+        rows.counts = pack(step.counts, U32)
+    if step.input_steps.any():
+        rows.input_steps = pack(step.input_steps, U64)
+    if step.tokens:
+        rows.tokens = pack(np.concatenate(step.tokens), U32)
+    if not step.sample.all():
+        rows.sample = pack(step.sample, U8)
+    return message
+
+
+def _admissions(admitted: list[Sequence]) -> stage_pb2.Admissions:
+    sampling = [sequence.request.sampling for sequence in admitted]
+    return stage_pb2.Admissions(
+        slots=pack([sequence.slot for sequence in admitted], U32),
+        positions=pack([sequence.first_position for sequence in admitted], U32),
+        seeds=pack([one.seed for one in sampling], U64),
+        temperatures=pack([one.temperature for one in sampling], F32),
+        top_ks=pack([one.top_k for one in sampling], U32),
+        top_ps=pack([one.top_p for one in sampling], F32),
+    )
