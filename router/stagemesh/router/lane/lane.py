@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25
 RETRY_S = 1.0
 LINK_TIMEOUT_S = 20.0
-LANE_ID = "lane-0"
 
 FORMING = admin_pb2.LANE_STATE_FORMING
 READY = admin_pb2.LANE_STATE_READY
@@ -37,6 +36,8 @@ class LaneEvents:
     """What a lane tells its owner, in its event loop."""
 
     on_delta: Callable[[Delta], None]
+    on_admitted: Callable[[Request], None]
+    """The request's first step has been sent."""
     on_lost: Callable[[Request, StagemeshError], None]
     """The request's stream ends with that error."""
     on_ready: Callable[[bool], None]
@@ -53,6 +54,7 @@ class Lane:
     """
 
     def __init__(self, config: RouterConfig, model_fingerprint: str, events: LaneEvents) -> None:
+        self.lane_id = "lane-0"
         self._config = config
         self._fingerprint = model_fingerprint
         self._events = events
@@ -141,7 +143,7 @@ class Lane:
         await open_stages(
             self.stages,
             stage_pb2.OpenLaneRequest(
-                lane_id=LANE_ID,
+                lane_id=self.lane_id,
                 epoch=self.epoch,
                 num_stages=len(members),
                 num_blocks=limits.num_blocks,
@@ -256,6 +258,8 @@ class Lane:
                 stage.send(request)
             self._sent_at[step.number] = time.monotonic()
             self.num_steps += 1
+            for sequence in step.changes.admitted:
+                self._events.on_admitted(sequence.request)
             if self._step_log:
                 self._log_step(step, len(request))
 

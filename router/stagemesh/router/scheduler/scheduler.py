@@ -314,6 +314,10 @@ class Scheduler:
         self._unseen[sampled] += 1
         self._last_step[sampled] = step.number
         self._decoding[sampled] = True
+        for sequence in step.sequences[: step.num_decodes]:
+            sequence.decode_steps.append(step.number)
+        for sequence in step.sequences[step.num_decodes :]:
+            sequence.prefill_steps.append(step.number)
         if step.tokens:
             self._prefilling = [sequence for sequence in self._prefilling if not self._decoding[sequence.slot]]
 

@@ -1,0 +1,116 @@
+"""The RPCs of AdminService, for operators."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from importlib.metadata import version
+
+import grpc.aio
+
+from stagemesh.router.api.requests import Requests
+from stagemesh.router.lane.forming import choose_transport
+from stagemesh.router.lane.lane import DRAINING, READY, Lane
+from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.v1 import admin_pb2
+from stagemesh.wire.errors import NotFoundError, StagemeshError
+
+WATCH_INTERVAL_MS = 1_000
+DRAIN_MARGIN_S = 0.2
+"""Before the caller's deadline, so that it hears how many are left."""
+
+Context = grpc.aio.ServicerContext
+
+
+class AdminService:
+    """Serves the status of one router."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._started = time.monotonic()
+
+    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(status=self._status())
+
+    async def WatchStatus(self, request: admin_pb2.WatchStatusRequest, context: Context) -> None:
+        while True:
+            await context.write(admin_pb2.WatchStatusResponse(status=self._status()))
+            await asyncio.sleep((request.interval_ms or WATCH_INTERVAL_MS) / 1000)
+
+    async def GetRequestTrace(
+        self, request: admin_pb2.GetRequestTraceRequest, context: Context
+    ) -> admin_pb2.GetRequestTraceResponse:
+        trace = self._requests.history.trace(request.request_id)
+        if trace is None:
+            raise NotFoundError(
+                f"request '{request.request_id}' is not among the last requests of this router",
+                reason="REQUEST_UNKNOWN",
+                request_id=request.request_id,
+            )
+        return trace
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        remaining_s = context.time_remaining()
+        left = await self._requests.drain(None if remaining_s is None else remaining_s - DRAIN_MARGIN_S)
+        return admin_pb2.DrainResponse(num_left=left)
+
+    def _status(self) -> admin_pb2.MeshStatus:
+        requests, scheduler = self._requests, self._requests.lane.scheduler
+        return admin_pb2.MeshStatus(
+            version=version("stagemesh"),
+            model_name=requests.model.name,
+            lanes=[_lane_status(requests.lane, requests.draining)],
+            num_running=scheduler.num_running if scheduler else 0,
+            num_waiting=scheduler.num_waiting if scheduler else 0,
+            num_finished=requests.num_finished,
+            num_failed=requests.num_failed,
+            prompt_tokens=requests.prompt_tokens,
+            output_tokens=requests.output_tokens,
+            uptime_seconds=time.monotonic() - self._started,
+        )
+
+
+def _lane_status(lane: Lane, draining: bool) -> admin_pb2.LaneStatus:
+    status = admin_pb2.LaneStatus(
+        lane_id=lane.lane_id,
+        state=DRAINING if draining and lane.state == READY else lane.state,
+        reason=lane.reason,
+        epoch=lane.epoch,
+        num_steps=lane.num_steps,
+        stages=[_stage_status(lane, stage) for stage in lane.stages],
+    )
+    if scheduler := lane.scheduler:
+        limits = scheduler.limits
+        status.num_blocks = limits.num_blocks
+        status.num_free_blocks = scheduler.pool.num_free
+        status.block_size = limits.block_size
+        status.limiting_stage = lane.limiting_stage
+        status.steps_in_flight = scheduler.num_in_flight
+        status.depth = limits.depth
+        status.max_in_flight = limits.num_microbatches
+    return status
+
+
+def _stage_status(lane: Lane, stage: StageLink) -> admin_pb2.StageStatus:
+    status = admin_pb2.StageStatus(
+        stage_index=stage.index,
+        address=stage.address,
+        state=stage.state,
+        detail=stage.detail,
+        description=stage.description,
+    )
+    if lane.state != READY:
+        return status
+    receiver = lane.stages[(stage.index + 1) % len(lane.stages)]
+    if receiver is stage:
+        status.link_transport, status.link_reason = "local", "one stage: tokens stay where they are"
+    else:
+        try:
+            status.link_transport, status.link_reason = choose_transport(stage, receiver)
+        except StagemeshError as error:
+            status.link_reason = str(error)
+    times = stage.timings.recent()
+    if len(times):
+        _, status.mean_wait_ms, status.mean_compute_ms, _ = (times.mean(axis=0) / 1e6).tolist()
+    status.busy_share = stage.timings.busy_share()
+    return status

@@ -1,0 +1,133 @@
+"""Every live request of the router, between the services above and the lane below."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from stagemesh.router.api.checking import check
+from stagemesh.router.api.history import SETTLE_S, RequestHistory
+from stagemesh.router.api.served_model import ServedModel
+from stagemesh.router.api.stream import RequestStream
+from stagemesh.router.config import RouterConfig
+from stagemesh.router.lane.lane import Lane, LaneEvents
+from stagemesh.router.scheduler import Delta, Request
+from stagemesh.v1 import inference_pb2
+from stagemesh.wire.errors import StagemeshError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """Starts and ends requests on the lane, and counts them.
+
+    Args:
+        config: Of the router.
+        model: It serves.
+        on_ready: Called when the mesh can, or can no longer, take requests.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        model: ServedModel,
+        on_ready: Callable[[bool], None],
+    ) -> None:
+        self.model = model
+        self.lane = Lane(
+            config,
+            model.fingerprint,
+            LaneEvents(
+                on_delta=self._take_delta,
+                on_admitted=self._take_admitted,
+                on_lost=self._take_lost,
+                on_ready=on_ready,
+            ),
+        )
+        self.history = RequestHistory(self.lane.stages)
+        self.draining = False
+        self.num_finished = 0
+        self.num_failed = 0
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self._live: dict[str, RequestStream] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    def start(self, message: inference_pb2.GenerateRequest) -> RequestStream:
+        """Check a request and hand it to the lane; refusals are raised with the request's id."""
+        try:
+            if self.draining:
+                raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
+            request = check(message, self.model)
+            stream = RequestStream(request, self.model.tokenizer)
+            self.lane.submit(request)
+        except StagemeshError as error:
+            error.request_id = error.request_id or message.request_id
+            self.num_failed += 1
+            raise
+        self._live[request.request_id] = stream
+        self.prompt_tokens += len(request.prompt)
+        scheduler = self.lane.scheduler
+        self.history.add(stream, scheduler.sequence(request.request_id) if scheduler else None)
+        return stream
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with finish reason ABORT; False if it is not live."""
+        return self.lane.abort(request_id)
+
+    async def drain(self, timeout_s: float | None) -> int:
+        """Take no more requests and wait for those that run; returns how many are left at the timeout."""
+        self.draining = True
+        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        while self._live and (deadline is None or asyncio.get_running_loop().time() < deadline):
+            await asyncio.sleep(0.05)
+        return len(self._live)
+
+    def fail_all(self, error: StagemeshError) -> None:
+        """End every live request with an error."""
+        for stream in list(self._live.values()):
+            self._take_lost(stream.request, error)
+
+    def _take_delta(self, delta: Delta) -> None:
+        stream = self._live.get(delta.request.request_id)
+        if stream is None:
+            return
+        self.output_tokens += len(delta.token_ids)
+        stream.push(delta)
+        if delta.finish:
+            self.num_finished += 1
+            self._end(stream)
+
+    def _take_admitted(self, request: Request) -> None:
+        stream = self._live.get(request.request_id)
+        if stream and not stream.times.admitted:
+            stream.times.admitted = time.monotonic()
+
+    def _take_lost(self, request: Request, error: StagemeshError) -> None:
+        stream = self._live.get(request.request_id)
+        if stream is None:
+            return
+        self.num_failed += 1
+        # Each stream gets an error of its own: it carries the request's id.
+        stream.fail(
+            type(error)(
+                error.message,
+                reason=error.reason,
+                request_id=request.request_id,
+                stage=error.stage,
+                retry_after_s=error.retry_after_s,
+                metadata=error.metadata,
+            )
+        )
+        self._end(stream)
+
+    def _end(self, stream: RequestStream) -> None:
+        request_id = stream.request.request_id
+        del self._live[request_id]
+        asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, request_id)

@@ -1,0 +1,82 @@
+"""Runs a router until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from stagemesh.router.api.admin_service import AdminService
+from stagemesh.router.api.inference_service import InferenceService
+from stagemesh.router.api.requests import Requests
+from stagemesh.router.api.served_model import load_served_model
+from stagemesh.router.config import RouterConfig
+from stagemesh.v1 import admin_pb2, inference_pb2
+from stagemesh.wire.address import check_listen, split_address
+from stagemesh.wire.errors import UnavailableError
+from stagemesh.wire.logs import setup_logging
+from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = "stagemesh.v1.InferenceService"
+SHUTDOWN_GRACE_S = 2.0
+
+
+def run(config: RouterConfig) -> None:
+    """Serve until SIGTERM or SIGINT; StagemeshError if the router cannot start."""
+    setup_logging(config.log_level, config.log_json, "router")
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    check_listen(config.listen, insecure=config.insecure, key="--listen")
+    check_listen(config.admin, insecure=config.insecure, key="--admin")
+    for address in config.stages:
+        split_address(address, key="--stage")
+    model = load_served_model(config)
+    public, admin = make_server(), make_server()
+    health, admin_health = add_health(public), add_health(admin)
+    loop = asyncio.get_running_loop()
+
+    def on_ready(ready: bool) -> None:
+        status = HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
+        for servicer in (health, admin_health):
+            background.add(task := loop.create_task(servicer.set(SERVICE_NAME, status)))
+            task.add_done_callback(background.discard)
+
+    background: set[asyncio.Task[None]] = set()
+    on_ready(False)
+    requests = Requests(config, model, on_ready)
+    inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    administration = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+    add_service(public, inference, InferenceService(requests))
+    add_reflection(public, inference)
+    add_service(admin, administration, AdminService(requests))
+    add_reflection(admin, administration)
+    listen = bind(public, config.listen, key="--listen")
+    admin_listen = bind(admin, config.admin, key="--admin")
+    await public.start()
+    await admin.start()
+    log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    lane = asyncio.create_task(requests.lane.run())
+    waiter = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({lane, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if lane.done():
+            lane.result()
+        log.info("stopping")
+    finally:
+        on_ready(False)
+        requests.fail_all(UnavailableError("the router is shutting down", reason="SHUTTING_DOWN", retry_after_s=1.0))
+        await asyncio.sleep(0)
+        waiter.cancel()
+        lane.cancel()
+        await asyncio.gather(lane, waiter, return_exceptions=True)
+        await asyncio.gather(public.stop(SHUTDOWN_GRACE_S), admin.stop(SHUTDOWN_GRACE_S))
