@@ -147,14 +147,15 @@ def test_the_layout_of_up() -> None:
     assert mesh.layout == "3 stages, TP 1·2·1"
     assert [stage.listen for stage in mesh.stages] == [f"127.0.0.1:{port}" for port in (50061, 50062, 50063)]
     assert [stage.stage for stage in mesh.stages] == ["0/3", "1/3", "2/3"]
-    assert [stage.threads for stage in mesh.stages] == [2, 2, 2]
+    assert [stage.threads for stage in mesh.stages] == [8, 4, 8]
     assert mesh.router.stages == tuple(stage.listen for stage in mesh.stages)
     assert [stage.tp for stage in plan(tp="2", num_stages=2).stages] == [2, 2]
     assert plan().layout == "1 stage, TP 1"
 
 
-def test_cores_are_shared_when_there_are_too_few_or_several_stages() -> None:
+def test_cores_are_shared_when_all_threads_together_are_more_than_the_cores() -> None:
     assert plan(num_cores=8).stages[0].shared_cores is False
+    assert plan(tp="1,1", threads=4, num_cores=8).stages[0].shared_cores is False
     assert plan(tp="1,1", num_cores=8).stages[0].shared_cores is True
     assert plan(tp="3", num_cores=2).stages[0].shared_cores is True
     assert plan(tp="3", num_cores=2).stages[0].threads == 1

@@ -158,7 +158,12 @@ def test_up_serves_and_ctrl_c_stops_all_of_it_and_nothing_else(mesh: Mesh, tmp_p
     router, stage = starts["router"]["config"], starts["stage 1"]["config"]
     assert router["stages"] == ready["stages"] == [starts[f"stage {n}"]["config"]["listen"] for n in range(3)]
     assert (router["listen"], router["step_tokens"]) == (found[1], 64) == (ready["listen"], 64)
-    assert (stage["stage"], stage["tp"], stage["shared_cores"], stage["threads"]) == ("1/3", 2, True, 1)
+    assert (stage["stage"], stage["tp"], stage["shared_cores"], stage["threads"]) == (
+        "1/3",
+        2,
+        True,
+        max(1, len(os.sched_getaffinity(0)) // 2),
+    )
     # The flag, although it is the default, beats the variable; and no child sees either variable.
     assert stage["kv_memory"] == 1 << 30
     assert all(start["secrets"] == [] for start in starts.values())
@@ -168,7 +173,7 @@ def test_up_serves_and_ctrl_c_stops_all_of_it_and_nothing_else(mesh: Mesh, tmp_p
     code, out, err = mesh.finish()
     assert (code, out) == (0, "")
     assert "stage 1 | stage 1 speaks" in err
-    assert "up | 3 stages, TP 1·2·1: 4 workers with 1 thread each" in err
+    assert "up | 3 stages, TP 1·2·1: 4 workers, threads of each " in err
     stops = mesh.events("stop")
     assert [stop["signal"] for stop in stops] == [signal.SIGTERM] * 4
     assert stops[0]["name"] == "router"

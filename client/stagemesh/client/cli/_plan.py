@@ -100,13 +100,14 @@ def plan_mesh(
         )
     ranks = sizes or [entry.tp for entry in file.stages] or [1] * count
     addresses = _stage_addresses(stage_port, count, file)
-    threads = given.get("threads") or max(1, num_cores // sum(ranks))
-    crowded = count > 1 or threads * sum(ranks) > num_cores
+    # Each stage may use every core: one stream is at one stage at a time, and the router does not send
+    # steps into stages that share cores side by side (docs/architecture.md, "Where we differ").
+    threads = [given.get("threads") or max(1, num_cores // size) for size in ranks]
+    crowded = sum(count * size for count, size in zip(threads, ranks, strict=True)) > num_cores
     # In `given`, None is a flag that was not given; these are decided here, so they are.
     decided = {
         **{name: given.get(name) for name in (*STAGE_OPTIONS, *SHARED_OPTIONS)},
         "model": model,
-        "threads": threads,
         "shared_cores": crowded if given.get("shared_cores") is None else given["shared_cores"],
     }
     from_file = {"model": file.model, "block_size": file.block_size, "max_context": file.max_context}
@@ -117,6 +118,7 @@ def plan_mesh(
                 **decided,
                 "stage": f"{index}/{count}",
                 "tp": ranks[index],
+                "threads": threads[index],
                 "listen": addresses[index],
                 "layers": file.stages[index].layers if file.stages else None,
             },

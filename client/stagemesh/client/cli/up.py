@@ -84,10 +84,8 @@ def _up(
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     with UpDisplay() as display:
-        threads = plan.stages[0].threads
-        display.note(
-            f"{plan.layout}: {plan.num_workers} workers with {threads} thread{'s' * (threads != 1)} each"
-        )
+        threads = "·".join(str(stage.threads) for stage in plan.stages)
+        display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
         asyncio.run(_supervise(plan, display, begin, ready_file))
 
 
