@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from stagemesh.client import Client, StagemeshError
 
 QUESTION = "What is the capital of France?"
 STOP_TIMEOUT_S = 20.0
+INTERRUPTED_TIMEOUT_S = 5.0
 COMMAND = [sys.executable, "-m", "stagemesh.client.cli"]
 
 
@@ -32,17 +33,28 @@ def mesh(model: str, *, stages: int, tp: str, timeout_s: float) -> Iterator[dict
     with tempfile.TemporaryDirectory(prefix="stagemesh-demo-") as folder:
         ready_file = Path(folder, "ready.json")
         command = [*COMMAND, "up", model, f"--stages={stages}", f"--tp={tp}", "--device=cpu"]
-        command += ["--listen=127.0.0.1:0", "--admin=127.0.0.1:0", "--stage-port=0", f"--ready-file={ready_file}"]
+        command += [
+            "--listen=127.0.0.1:0",
+            "--admin=127.0.0.1:0",
+            "--stage-port=0",
+            f"--ready-file={ready_file}",
+        ]
         process = subprocess.Popen(command)
         try:
             deadline = time.monotonic() + timeout_s
             while not ready_file.exists():
                 if process.poll() is not None:
-                    sys.exit(f"error: the mesh did not start: `stagemesh up` exited with code {process.returncode}")
+                    sys.exit(
+                        f"error: the mesh did not start: `stagemesh up` exited with code {process.returncode}"
+                    )
                 if time.monotonic() > deadline:
                     sys.exit(f"error: the mesh was not ready within {timeout_s:g} s")
                 time.sleep(0.05)
             yield json.loads(ready_file.read_text())
+        except KeyboardInterrupt:  # the terminal sent it to `up` too, which would take a second one for haste
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPTED_TIMEOUT_S)
+            raise
         finally:
             stop(process)
 

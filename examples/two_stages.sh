@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 model=${1:-.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf}
 stagemesh=.venv/bin/stagemesh
 python=.venv/bin/python
-question='The capital of France is'
+question='What is the capital of France, and what is it known for?'
 logs=$(mktemp -d "${TMPDIR:-/tmp}/stagemesh-two-stages.XXXXXX")
 declare -A pids=()
 
@@ -61,17 +61,22 @@ with Client('$router') as client:
     exit 1
 }
 
-ask() { # FILE: the same question, greedily; the token ids go to the file, the text to the screen
-    "$stagemesh" generate "$question" --max-tokens 32 --temperature 0 --ignore-eos --address "$router" --json |
-        "$python" -c "
-import json, sys
+ask() { # FILE: the same question, greedily; the text goes to the screen, the token ids to the file
+    echo "> $question"
+    "$python" - "$router" "$question" "$1" <<'PYTHON'
+import sys
+from pathlib import Path
+from stagemesh.client import Client
+
+address, question, file = sys.argv[1:]
 ids = []
-for line in sys.stdin:
-    chunk = json.loads(line)
-    ids += chunk['token_ids']
-    print(chunk['text'], end='', file=sys.stderr, flush=True)
-print(file=sys.stderr)
-print(*ids)" >"$1"
+with Client(address) as client:
+    for chunk in client.chat([{"role": "user", "content": question}], max_tokens=48, temperature=0):
+        print(chunk.text, end="", flush=True)
+        ids += chunk.token_ids
+print()
+Path(file).write_text(" ".join(map(str, ids)) + "\n")
+PYTHON
 }
 
 free=$("$python" -c "
@@ -88,7 +93,6 @@ start router router --model "$model" --stages "$stage0,$stage1" --listen "$route
 wait_ready
 "$stagemesh" status --admin "$admin"
 
-echo "> $question"
 ask "$logs/before.txt"
 
 echo 'stopping stage 1; stage 0 and the router go on'
@@ -103,7 +107,6 @@ start_stage 1 "$stage1"
 wait_ready
 "$stagemesh" status --admin "$admin" | head -n 1
 
-echo "> $question"
 ask "$logs/after.txt"
 
 count=$(wc -w <"$logs/before.txt")

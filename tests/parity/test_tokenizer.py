@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import tokenizers_for_tests as made
 from hard_strings_for_tests import hard_strings
-from stagemesh.router.text import IncrementalDetokenizer, Tokenizer, load_tokenizer
-from stagemesh.router.text.spm_merges import merges_from_scores
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import generate_merges
+
+from stagemesh.router.text import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from stagemesh.router.text.spm_merges import merges_from_scores
 
 STRINGS = hard_strings()
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from stagemesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import NotFoundError, StagemeshError

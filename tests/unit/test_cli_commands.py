@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from scripted_router import ScriptedRouter, endless, refusal
+
 from stagemesh.client import UnavailableError
 from stagemesh.client.cli import main
 from stagemesh.v1 import admin_pb2, stage_pb2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_ADMIN_ADDRESS
 from stagemesh.client.cli import main
 from stagemesh.client.cli._plan import command_line, plan_mesh

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._supervisor import Supervisor
 from stagemesh.wire.errors import StartupError

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2
 from scripted_router import ScriptedRouter, endless, refusal, words
+
 from stagemesh.client import (
     AsyncClient,
     CancelledError,

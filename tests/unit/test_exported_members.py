@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from typer.main import get_command
+
 import stagemesh.client
 from stagemesh.client.cli._main import COMMANDS, load_command, make_app
-from typer.main import get_command
 
 EXPORTED = """
 AsyncClient AsyncTokenStream CancelledError ChainError Chunk Client Completion ConfigError

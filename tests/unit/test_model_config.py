@@ -11,14 +11,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
 from stagemesh.model.config import GenerationDefaults, ModelConfig
 from stagemesh.model.gguf_config import read_gguf_config
 from stagemesh.model.gguf_file import open_gguf
 from stagemesh.model.hf_config import read_hf_config
 from stagemesh.model.rope import FactorRopeScaling, LinearRopeScaling, Llama3RopeScaling, RopeConfig
 from stagemesh.wire.errors import ModelError
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 LLAMA_31_SCALING = {
     "rope_type": "llama3",

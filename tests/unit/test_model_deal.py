@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import CHUNK, deal, deal_evenly
 from stagemesh.model.rope import RopeConfig

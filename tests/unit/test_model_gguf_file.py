@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stagemesh.model.gguf_file import open_gguf
 from stagemesh.wire.errors import ModelError
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.wire.errors import ModelError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 Make = Callable[..., Path]
 

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stagemesh.model.config import ModelConfig
 from stagemesh.model.rope import RopeConfig
 from stagemesh.model.split import parse_layers, parse_stage, split_costs, split_layers

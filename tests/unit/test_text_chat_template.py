@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from stagemesh.router.text import Tokenizer
-from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError, StagemeshError
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
+
+from stagemesh.router.text import Tokenizer
+from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError, StagemeshError
 
 
 @dataclass(frozen=True)

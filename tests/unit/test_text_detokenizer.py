@@ -7,13 +7,14 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE, WordLevel
+
 from stagemesh.router.text import IncrementalDetokenizer, Tokenizer
 from stagemesh.router.text.byte_fallback import ByteFallbackDecoding
 from stagemesh.router.text.byte_level import ByteLevelDecoding, byte_alphabet
 from stagemesh.router.text.window import WindowDecoding
-from tokenizers import AddedToken, decoders, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE, WordLevel
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = [

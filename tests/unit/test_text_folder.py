@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from stagemesh.router.text import load_tokenizer
-from stagemesh.wire.errors import InvalidArgumentError, ModelError
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from stagemesh.router.text import load_tokenizer
+from stagemesh.wire.errors import InvalidArgumentError, ModelError
 
 
 @pytest.fixture

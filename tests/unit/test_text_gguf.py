@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from stagemesh.router.text import Tokenizer, tokenizer_from_gguf
 from stagemesh.router.text.pre_tokenizers import PRE_TOKENIZATIONS
 from stagemesh.router.text.spm_merges import merges_from_scores

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.shard_shapes import shard_parameters, shard_shapes
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import split_layers
 from stagemesh.stage.weights import dummy_shard, load_shard
 from stagemesh.wire.errors import ModelError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NUM_LAYERS = 4
 

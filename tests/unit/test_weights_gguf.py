@@ -10,12 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from stagemesh.model.deal import deal
 from stagemesh.model.source import open_model
 from stagemesh.stage.weights import load_shard
 from stagemesh.stage.weights.dequantize import SUPPORTED_TYPES
 from stagemesh.wire.errors import ModelError
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 HIDDEN, COLUMNS, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 256, 512, 6, 3, 128, 70, 1
 # Byte of a block at which its float16 scales begin, and their number: random bytes there could be NaN.

@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
+
 from stagemesh.client._async_stream import AsyncTokenStream
 from stagemesh.client._channel import (
     CHANNEL_OPTIONS,
@@ -214,5 +215,5 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(self.address, self._credentials, CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)

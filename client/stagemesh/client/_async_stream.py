@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import CancelledError

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
+
 from stagemesh.wire.errors import FailedPreconditionError, StagemeshError, UnavailableError
 from stagemesh.wire.status import from_rpc_error
 

@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
+
 from stagemesh.client._channel import (
     CHANNEL_OPTIONS,
     Metadata,
@@ -71,7 +72,7 @@ class Client:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
-        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False
 

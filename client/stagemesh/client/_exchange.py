@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable
 
 import grpc
+
 from stagemesh.client._channel import REQUEST_ID_KEY, call_error
 from stagemesh.client._chunks import to_chunk
 from stagemesh.client._types import Chunk

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2
+
 from stagemesh.client._channel import INFERENCE_SERVICE, call_error
 from stagemesh.wire.errors import (
     DeadlineExceededError,

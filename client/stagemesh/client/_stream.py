@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 

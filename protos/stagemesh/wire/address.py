@@ -12,7 +12,9 @@ def split_address(address: str, *, key: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{key}: '{address}' is not an address; expected HOST:PORT, such as 127.0.0.1:50051")
+        raise ConfigError(
+            f"{key}: '{address}' is not an address; expected HOST:PORT, such as 127.0.0.1:50051"
+        )
     return host, int(port)
 
 

@@ -26,7 +26,9 @@ def unpack(data: bytes, dtype: np.dtype[Any], field: str, length: int | None = N
     """A read-only array over the bytes of a column; `length` is the number of entries it must have."""
     if len(data) % dtype.itemsize:
         raise InvalidArgumentError(
-            f"{field} has {len(data)} bytes; expected a multiple of {dtype.itemsize}", field=field, reason="BAD_COLUMN"
+            f"{field} has {len(data)} bytes; expected a multiple of {dtype.itemsize}",
+            field=field,
+            reason="BAD_COLUMN",
         )
     column = np.frombuffer(data, dtype=dtype)
     if length is not None and len(column) != length:

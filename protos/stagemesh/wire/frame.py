@@ -56,16 +56,19 @@ def decode(message: bytes | memoryview) -> Frame:
     split = _find_data(view)
     header = stage_pb2.TransferRequest()
     try:
-        header.ParseFromString(bytes(view[:split[0]]) if split else bytes(view))
+        header.ParseFromString(bytes(view[: split[0]]) if split else bytes(view))
     except DecodeError as error:
         raise InvalidArgumentError(
-            f"a message of {len(view)} bytes does not parse as stagemesh.v1.TransferRequest", reason="UNPARSABLE"
+            f"a message of {len(view)} bytes does not parse as stagemesh.v1.TransferRequest",
+            reason="UNPARSABLE",
         ) from error
     data = view[split[1] :] if split else memoryview(header.data)
     frame = Frame(header.epoch, header.kind, header.step, header.total_bytes, header.offset, data)
     if frame.offset + len(data) > frame.total_bytes:
         raise InvalidArgumentError(
-            f"data ends at byte {frame.offset + len(data)} of a tensor of {frame.total_bytes}", field="data", reason="BAD_FRAME"
+            f"data ends at byte {frame.offset + len(data)} of a tensor of {frame.total_bytes}",
+            field="data",
+            reason="BAD_FRAME",
         )
     return frame
 

@@ -72,7 +72,11 @@ def bind(server: grpc.aio.Server, address: str, *, key: str) -> str:
 
 
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, *, raw: frozenset[str] = frozenset()
+    server: grpc.aio.Server,
+    service: ServiceDescriptor,
+    servicer: object,
+    *,
+    raw: frozenset[str] = frozenset(),
 ) -> None:
     """Register `servicer`, whose methods are coroutines that return the response or write to the context.
 
@@ -81,7 +85,8 @@ def add_service(
     write serialized messages.
     """
     handlers = {
-        method.name: _handler(method, getattr(servicer, method.name), method.name in raw) for method in service.methods
+        method.name: _handler(method, getattr(servicer, method.name), method.name in raw)
+        for method in service.methods
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
@@ -145,7 +150,8 @@ def _deserializer(method: MethodDescriptor) -> Callable[[bytes], Any]:
 def _parsed(request: Any) -> Any:
     if isinstance(request, _Unparsable):
         raise InvalidArgumentError(
-            f"the bytes sent do not parse as {request.message}; make the stub from protos/", reason="UNPARSABLE"
+            f"the bytes sent do not parse as {request.message}; make the stub from protos/",
+            reason="UNPARSABLE",
         )
     return request
 

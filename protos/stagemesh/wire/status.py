@@ -37,7 +37,9 @@ def to_proto(error: StagemeshError) -> status_pb2.Status:
         metadata["request_id"] = error.request_id
     if error.stage:
         metadata["stage"] = error.stage
-    details: list[any_pb2.Any] = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
+    details: list[any_pb2.Any] = [
+        _pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    ]
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=error.message, reason=error.reason
@@ -45,7 +47,7 @@ def to_proto(error: StagemeshError) -> status_pb2.Status:
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        retry.retry_delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(_pack(retry))
     code = code_pb2.Code.Value(error.code.name)
     return status_pb2.Status(code=code, message=error.message, details=details)
@@ -62,7 +64,11 @@ def from_proto(status: status_pb2.Status, request_id: str = "") -> StagemeshErro
     metadata: dict[str, str] = {}
     retry_after_s: float | None = None
     for detail in status.details:
-        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        info, bad, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
         if detail.Unpack(info):
             reason, metadata = info.reason, dict(info.metadata)
             stage = metadata.pop("stage", "")
@@ -100,7 +106,9 @@ def _code(number: int) -> grpc.StatusCode:
     return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
 
 
-def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+def _pack(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

@@ -62,18 +62,36 @@ class RouterConfig(_Settings):
     stages: tuple[str, ...] = Field(min_length=1, description="Addresses of the stages, in order.")
     listen: str = Field(default="127.0.0.1:50051", description="Address of the public gRPC server.")
     admin: str = Field(default="127.0.0.1:50052", description="Address of the admin gRPC server.")
-    served_model_name: str | None = Field(default=None, description="Unset: the name of the model's file or folder.")
-    max_context: int | None = Field(default=None, ge=1, description="Tokens of a sequence at most; unset: the model's.")
-    max_sequences: int = Field(default=512, ge=1, description="Running sequences at most, for each stage of the lane.")
-    max_waiting: int = Field(default=1024, ge=1, description="Waiting requests at most; past it RESOURCE_EXHAUSTED.")
-    step_tokens: int = Field(default=512, ge=1, description="Tokens of a step at most, decodes and prefill together.")
-    lookahead: int = Field(default=1, ge=0, description="Sampled tokens of a sequence the router may not have seen yet.")
-    max_in_flight: int = Field(default=0, ge=0, description="Microbatches in flight; 0: chosen from the stages.")
-    step_timeout_s: float = Field(default=60.0, gt=0, description="A step unanswered for longer means a lost stage.")
+    served_model_name: str | None = Field(
+        default=None, description="Unset: the name of the model's file or folder."
+    )
+    max_context: int | None = Field(
+        default=None, ge=1, description="Tokens of a sequence at most; unset: the model's."
+    )
+    max_sequences: int = Field(
+        default=512, ge=1, description="Running sequences at most, for each stage of the lane."
+    )
+    max_waiting: int = Field(
+        default=1024, ge=1, description="Waiting requests at most; past it RESOURCE_EXHAUSTED."
+    )
+    step_tokens: int = Field(
+        default=512, ge=1, description="Tokens of a step at most, decodes and prefill together."
+    )
+    lookahead: int = Field(
+        default=1, ge=0, description="Sampled tokens of a sequence the router may not have seen yet."
+    )
+    max_in_flight: int = Field(
+        default=0, ge=0, description="Microbatches in flight; 0: chosen from the stages."
+    )
+    step_timeout_s: float = Field(
+        default=60.0, gt=0, description="A step unanswered for longer means a lost stage."
+    )
     heartbeat_timeout_s: float = Field(default=5.0, gt=0, description="A stage silent for longer is lost.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")
-    step_log: str | None = Field(default=None, description="For tests and debugging: a file that gets a JSON line a step.")
+    step_log: str | None = Field(
+        default=None, description="For tests and debugging: a file that gets a JSON line a step."
+    )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
 

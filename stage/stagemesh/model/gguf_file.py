@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
+
 from stagemesh.model.gguf_header import HeaderCursor
 from stagemesh.wire.errors import ModelError
 

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
 from stagemesh.wire.errors import ModelError
 
 _STRING = 8

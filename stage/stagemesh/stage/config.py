@@ -17,7 +17,9 @@ class StageConfig(BaseModel):
 
     model: str = Field(description="Path of a Hugging Face folder or a GGUF file.")
     stage: str | None = Field(default=None, description="This stage and how many there are, from 0: 0/3.")
-    layers: str | None = Field(default=None, description="Layers BEGIN:END, half-open; overrides the split by cost.")
+    layers: str | None = Field(
+        default=None, description="Layers BEGIN:END, half-open; overrides the split by cost."
+    )
     tp: int = Field(default=1, ge=1, description="Tensor-parallel ranks, a worker process each.")
     listen: str = Field(default="127.0.0.1:50061", description="Address of the stage's gRPC server.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the workers compute.")
@@ -27,17 +29,39 @@ class StageConfig(BaseModel):
     block_size: int = Field(default=16, ge=1, description="Tokens of a KV block.")
     kv_memory: int = Field(default=GIB, gt=0, description="Bytes for KV on a CPU stage, over all its ranks.")
     memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of a GPU's memory to use.")
-    max_slots: int = Field(default=512, ge=1, description="Sequences the stage holds at most, for each stage of its lane.")
-    max_context: int | None = Field(default=None, ge=1, description="Tokens of a sequence at most; unset: the model's.")
+    max_slots: int = Field(
+        default=512, ge=1, description="Sequences the stage holds at most, for each stage of its lane."
+    )
+    max_context: int | None = Field(
+        default=None, ge=1, description="Tokens of a sequence at most; unset: the model's."
+    )
     threads: int = Field(default=0, ge=0, description="Compute threads of each worker; 0: cores over ranks.")
-    shared_cores: bool = Field(default=False, description="Other stages compute on the same cores: idle threads sleep.")
-    load_format: Literal["auto", "dummy"] = Field(default="auto", description="dummy: random weights from config.json alone.")
+    shared_cores: bool = Field(
+        default=False, description="Other stages compute on the same cores: idle threads sleep."
+    )
+    engine: Literal["torch", "sim"] = Field(
+        default="torch",
+        description="sim: scripted costs and tokens in place of a model; needs config.json alone.",
+    )
+    cost: str = Field(
+        default="1ms", description="Of a step on the sim engine, such as '2ms + 0.01ms*tokens'."
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto", description="dummy: random weights from config.json alone."
+    )
     link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
-    group_timeout_s: float = Field(default=30.0, gt=0, description="Seconds a rank waits for another in a collective.")
+    group_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds a rank waits for another in a collective."
+    )
     worker_timeout_s: float = Field(default=60.0, gt=0, description="A worker silent for longer is replaced.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the model's weight files are read."""
+        return self.engine == "torch" and self.load_format != "dummy"
 
     @property
     def num_threads(self) -> int:

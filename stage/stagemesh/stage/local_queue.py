@@ -20,7 +20,7 @@ class ToWorker(bytes, enum.Enum):
     STEPS = b"S"
     """arrival_ns (u64), then the ExecuteRequest as it came in."""
     FRAME = b"F"
-    """A TransferRequest as it came in."""
+    """arrival_ns (u64), then a TransferRequest as it came in."""
     PING = b"P"
     """Sequence number (u64)."""
     STOP = b"X"

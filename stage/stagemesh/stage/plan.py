@@ -10,7 +10,8 @@ from stagemesh.model.split import parse_layers, parse_stage, split_layers
 from stagemesh.stage.config import StageConfig
 from stagemesh.wire.errors import ConfigError
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class StagePlan:
 
 def plan_stage(config: StageConfig) -> StagePlan:
     """Open the model and deal it; every setting that cannot be met is a ConfigError or ModelError."""
-    source = open_model(config.model, weights=config.load_format != "dummy")
+    source = open_model(config.model, weights=config.needs_weights)
     model = source.config
     if config.layers:
         layers = parse_layers(config.layers, model.num_layers)
@@ -42,11 +43,11 @@ def plan_stage(config: StageConfig) -> StagePlan:
     max_context = model.max_context
     if config.max_context is not None:
         if config.max_context > max_context:
-            raise ConfigError(f"--max-context {config.max_context}: the model's context is {max_context} tokens")
+            raise ConfigError(
+                f"--max-context {config.max_context}: the model's context is {max_context} tokens"
+            )
         max_context = config.max_context
-    block_bytes = (
-        2 * len(layers) * config.block_size * model.num_kv_heads * model.head_dim * _ITEMSIZE[dtype]
-    )
+    block_bytes = 2 * len(layers) * config.block_size * model.num_kv_heads * model.head_dim * ITEMSIZE[dtype]
     num_blocks = config.kv_memory // block_bytes
     if num_blocks < 1:
         raise ConfigError(

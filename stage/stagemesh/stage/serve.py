@@ -8,6 +8,7 @@ import signal
 from importlib.metadata import version
 
 import uvloop
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.leader import SERVICE_NAME, StageLeader
@@ -17,7 +18,6 @@ from stagemesh.v1 import stage_pb2
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
-from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 log = logging.getLogger(__name__)
 

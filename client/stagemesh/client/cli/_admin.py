@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+
 from stagemesh.client._channel import CHANNEL_OPTIONS, call_error
 from stagemesh.v1 import admin_pb2 as pb
 from stagemesh.v1 import admin_pb2_grpc
@@ -22,7 +23,7 @@ class Admin:
         split_address(address, key="--admin")
         self._address = address
         self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
-        self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
 
     def status(self, timeout_s: float = _TIMEOUT_S) -> pb.MeshStatus:
         """The mesh now."""

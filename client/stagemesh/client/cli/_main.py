@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
 from stagemesh.client.cli._extras import missing_extra
 from stagemesh.wire.errors import ConfigError, InvalidArgumentError, StagemeshError
 from stagemesh.wire.process import die_with_parent
-from typer.core import TyperGroup
 
 PARENT_ENV = "STAGEMESH_PDEATHSIG"
 """Internal: the pid of the `stagemesh up` that a child must not outlive."""

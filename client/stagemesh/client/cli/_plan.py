@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
+
 from stagemesh.client.cli._settings import flag, make_config, variable
 from stagemesh.router.config import MeshFile, RouterConfig
 from stagemesh.stage.config import StageConfig

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+
 from stagemesh.client import AsyncClient
 from stagemesh.client._channel import CHANNEL_OPTIONS
 from stagemesh.v1 import admin_pb2 as pb
@@ -35,7 +36,7 @@ class MeshProbe:
     async def until_ready(self) -> None:
         """Until the health of the inference service is SERVING."""
         channel = grpc.aio.insecure_channel(self._admin, CHANNEL_OPTIONS)
-        stub: Any = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = admin_pb2_grpc.AdminServiceStub(channel)
         async with AsyncClient(self._address) as client, channel:
             while not await client.ready(timeout=_TIMEOUT_S):
                 self._on_progress(await _progress(stub))

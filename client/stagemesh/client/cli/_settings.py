@@ -16,6 +16,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
 from stagemesh.client.cli._sizes import format_size, parse_size
 from stagemesh.wire.errors import ConfigError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+
 from stagemesh.v1 import admin_pb2 as pb
 
 _PIPE_WIDTH = 240

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+
 from stagemesh.client import Client, Message, StagemeshError
 from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client.cli import _options as shared

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+
 from stagemesh.client import Client, InvalidArgumentError, TokenStream
 from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client.cli import _options as shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+
 from stagemesh.client.cli._extras import missing_extra
 from stagemesh.client.cli._mesh_file import stage_values
 from stagemesh.client.cli._settings import make_config, options_of, with_options

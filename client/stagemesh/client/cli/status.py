@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf import json_format
+
 from stagemesh.client._defaults import DEFAULT_ADMIN_ADDRESS
 from stagemesh.client.cli import _options as shared
 from stagemesh.client.cli._admin import Admin

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._display import UpDisplay
 from stagemesh.client.cli._plan import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from importlib.metadata import version
+from typing import TypeAlias
 
 import grpc.aio
 
@@ -19,7 +20,7 @@ WATCH_INTERVAL_MS = 1_000
 DRAIN_MARGIN_S = 0.2
 """Before the caller's deadline, so that it hears how many are left."""
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class AdminService:
@@ -29,7 +30,9 @@ class AdminService:
         self._requests = requests
         self._started = time.monotonic()
 
-    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
+    async def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: Context
+    ) -> admin_pb2.GetStatusResponse:
         return admin_pb2.GetStatusResponse(status=self._status())
 
     async def WatchStatus(self, request: admin_pb2.WatchStatusRequest, context: Context) -> None:

@@ -26,7 +26,13 @@ NOT_BUILT = (
     "adapter",
 )
 """Fields of GenerateRequest that are refused by name."""
-_HARMLESS = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0.0}
+_HARMLESS = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+}
 """Values that ask for nothing."""
 
 
@@ -42,7 +48,8 @@ def check(message: inference_pb2.GenerateRequest, model: ServedModel) -> Request
     request_id = message.request_id or secrets.token_hex(8)
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable() or not request_id.isascii():
         raise _bad(
-            "request_id", f"has {len(request_id)} characters; expected at most {MAX_REQUEST_ID}, printable ASCII"
+            "request_id",
+            f"has {len(request_id)} characters; expected at most {MAX_REQUEST_ID}, printable ASCII",
         )
     prompt = _prompt(message, model)
     return Request(
@@ -112,7 +119,7 @@ def _sampling(message: inference_pb2.GenerateRequest, model: ServedModel) -> Sam
     defaults = model.generation
 
     def chosen(name: str, default: float | None, fallback: float) -> float:
-        if message.HasField(name):  # type: ignore[arg-type]
+        if message.HasField(name):
             return float(getattr(message, name))
         return fallback if default is None else default
 

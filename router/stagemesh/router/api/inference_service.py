@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc.aio
 
@@ -12,7 +13,7 @@ from stagemesh.v1 import inference_pb2
 
 REQUEST_ID_KEY = "stagemesh-request-id"
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class InferenceService:
@@ -36,12 +37,14 @@ class InferenceService:
                     return
         finally:
             # The client went away or its deadline passed: gRPC cancels the handler, and tells the client.
-            self._requests.abort(request_id)
+            self._requests.abandon(stream)
 
     async def Session(self, requests: AsyncIterator[inference_pb2.SessionRequest], context: Context) -> None:
         await Session(self._requests).run(requests, context)
 
-    async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
+    async def Abort(
+        self, request: inference_pb2.AbortRequest, context: Context
+    ) -> inference_pb2.AbortResponse:
         return inference_pb2.AbortResponse(aborted=self._requests.abort(request.request_id))
 
     async def GetModel(

@@ -39,6 +39,7 @@ class Requests:
         self.lane = Lane(
             config,
             model.fingerprint,
+            model.max_context,
             LaneEvents(
                 on_delta=self._take_delta,
                 on_admitted=self._take_admitted,
@@ -80,6 +81,11 @@ class Requests:
     def abort(self, request_id: str) -> bool:
         """End a request with finish reason ABORT; False if it is not live."""
         return self.lane.abort(request_id)
+
+    def abandon(self, stream: RequestStream) -> None:
+        """Its reader went away. Once it has ended, its id may belong to another request."""
+        if self._live.get(stream.request.request_id) is stream:
+            self.abort(stream.request.request_id)
 
     async def drain(self, timeout_s: float | None) -> int:
         """Take no more requests and wait for those that run; returns how many are left at the timeout."""

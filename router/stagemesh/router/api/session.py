@@ -11,7 +11,7 @@ import grpc.aio
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.v1 import inference_pb2
-from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.errors import InvalidArgumentError, StagemeshError
 from stagemesh.wire.status import to_proto
 
 
@@ -45,20 +45,26 @@ class Session:
             await reader
         finally:
             reader.cancel()
-            for request_id in list(self._streams):
-                self._requests.abort(request_id)
+            for stream in list(self._streams.values()):
+                self._requests.abandon(stream)
 
     async def _read(self, requests: AsyncIterator[inference_pb2.SessionRequest]) -> None:
         async for request in requests:
             for start in request.start:
                 self._start(start)
             for request_id in request.cancel:
-                if self._streams.pop(request_id, None):
+                if stream := self._streams.pop(request_id, None):
+                    self._requests.abandon(stream)
                     self._changed.pop(request_id, None)
-                    self._requests.abort(request_id)
 
     def _start(self, message: inference_pb2.GenerateRequest) -> None:
         try:
+            if not message.request_id:
+                raise InvalidArgumentError(
+                    "request_id is empty; each request of a session needs one",
+                    field="request_id",
+                    reason="BAD_FIELD",
+                )
             stream = self._requests.start(message)
         except StagemeshError as error:
             self._refused.append(_failed(message.request_id, error))

@@ -29,7 +29,7 @@ class Member:
         return range(self.description.layer_begin, self.description.layer_end)
 
 
-def check_chain(members: Sequence[Member], model_fingerprint: str) -> None:
+def check_chain(members: Sequence[Member], model_fingerprint: str, max_context: int) -> None:
     """ChainError unless the stages cover every layer once, in order, and agree on all they must share."""
     for member in members:
         described = member.description
@@ -47,12 +47,23 @@ def check_chain(members: Sequence[Member], model_fingerprint: str) -> None:
                 member,
                 "model_fingerprint",
             )
+        if described.max_context < max_context:
+            raise _refusal(
+                f"{member.name} takes sequences of {described.max_context} tokens, the router of {max_context}; "
+                f"give the router --max-context {described.max_context}",
+                member,
+                "max_context",
+            )
     first = members[0]
     for member in members[1:]:
         for field in ("dtype", "block_size"):
             ours, theirs = getattr(first.description, field), getattr(member.description, field)
             if ours != theirs:
-                raise _refusal(f"{member.name} has {field} {theirs}, {first.name} has {ours}; give both the same", member, field)
+                raise _refusal(
+                    f"{member.name} has {field} {theirs}, {first.name} has {ours}; give both the same",
+                    member,
+                    field,
+                )
     _check_layers(members)
 
 

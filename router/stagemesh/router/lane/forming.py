@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterable, Sequence
+from itertools import pairwise
 
 import grpc.aio
 
@@ -37,7 +38,7 @@ def links_of(stages: Sequence[StageLink]) -> list[tuple[StageLink, StageLink, st
     """(sender, receiver, kind) of every link of the lane; one stage alone has none."""
     if len(stages) == 1:
         return []
-    hops = list(zip(stages, stages[1:], strict=False))
+    hops = list(pairwise(stages))
     return [
         *((sender, receiver, stage_pb2.LINK_KIND_ACTIVATIONS) for sender, receiver in hops),
         (stages[-1], stages[0], stage_pb2.LINK_KIND_RING),
@@ -60,9 +61,13 @@ async def open_links(stages: Sequence[StageLink], epoch: int, timeout_s: float) 
     """Open every link at once; each has passed a dummy when this returns."""
     links = [(*link, choose_transport(link[0], link[1])[0]) for link in links_of(stages)]
     await _all(
-        (receiver, receiver.stub.PrepareLink(
-            stage_pb2.PrepareLinkRequest(epoch=epoch, kind=kind, transport=transport), timeout=RPC_TIMEOUT_S
-        ))
+        (
+            receiver,
+            receiver.stub.PrepareLink(
+                stage_pb2.PrepareLinkRequest(epoch=epoch, kind=kind, transport=transport),
+                timeout=RPC_TIMEOUT_S,
+            ),
+        )
         for _, receiver, kind, transport in links
     )
     connects = []

@@ -50,13 +50,17 @@ class Lane:
     Args:
         config: Of the router.
         model_fingerprint: What every stage must have.
+        max_context: Tokens of a sequence that every stage must take.
         events: Whom to tell.
     """
 
-    def __init__(self, config: RouterConfig, model_fingerprint: str, events: LaneEvents) -> None:
+    def __init__(
+        self, config: RouterConfig, model_fingerprint: str, max_context: int, events: LaneEvents
+    ) -> None:
         self.lane_id = "lane-0"
         self._config = config
         self._fingerprint = model_fingerprint
+        self._max_context = max_context
         self._events = events
         self.stages = [StageLink(index, address) for index, address in enumerate(config.stages)]
         self.state: admin_pb2.LaneState = FORMING
@@ -69,7 +73,7 @@ class Lane:
         self._lost: asyncio.Future[StageLostError] | None = None
         self._pumping = False
         self._said = ""
-        self._step_log = Path(config.step_log).open("a") if config.step_log else None
+        self._step_log = Path(config.step_log).open("a") if config.step_log else None  # noqa: SIM115 - open as long as the lane
 
     # Requests
 
@@ -104,6 +108,8 @@ class Lane:
                 error = await self._serve()
                 log.error("lane lost: %s", error)
                 self._drop(error)
+                # Lest the end of an old stream, which raising the epoch brings about, is taken for the new one's.
+                await self._close_streams()
         finally:
             await self._close_streams()
             for stage in self.stages:
@@ -113,7 +119,7 @@ class Lane:
         while True:
             members = await self._gather()
             try:
-                check_chain(members, self._fingerprint)
+                check_chain(members, self._fingerprint, self._max_context)
                 await self._open(members)
             except ChainError as error:
                 self._mark_refused(error)
@@ -178,11 +184,14 @@ class Lane:
 
     def _limits(self, members: list[Member]) -> Limits:
         microbatches = self._config.max_in_flight or num_microbatches(members)
-        slots = min(self._config.max_sequences, *(member.description.max_slots for member in members), 1 << 16)
+        slots = min(
+            self._config.max_sequences, *(member.description.max_slots for member in members), 1 << 16
+        )
         return Limits(
             num_blocks=min(member.description.num_blocks for member in members),
             block_size=members[0].description.block_size,
             max_slots=slots * len(members),
+            max_blocks=-(-members[0].description.max_context // members[0].description.block_size),
             max_waiting=self._config.max_waiting,
             step_tokens=self._config.step_tokens,
             num_microbatches=microbatches,

@@ -59,7 +59,9 @@ class StageLink:
     async def describe(self) -> Member | None:
         """The stage if it is there and ready; otherwise None, and `state` and `detail` say why."""
         try:
-            self.description = await self.stub.Describe(stage_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
+            self.description = await self.stub.Describe(
+                stage_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             self.state, self.detail = "absent", error.details() or error.code().name
             return None

@@ -30,7 +30,8 @@ class StageTimings:
         if not len(numbers):
             return
         columns = [
-            unpack(getattr(report, f"{name}_ns"), U64, f"{name}_ns", len(numbers)).astype(np.int64) for name in COLUMNS
+            unpack(getattr(report, f"{name}_ns"), U64, f"{name}_ns", len(numbers)).astype(np.int64)
+            for name in COLUMNS
         ]
         where = numbers % STEPS_KEPT
         self._numbers[where] = numbers
@@ -45,7 +46,8 @@ class StageTimings:
     def of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """[known, 4] nanoseconds of queue, wait, compute and send of those steps that are still kept."""
         where = numbers % STEPS_KEPT
-        return self._columns[where[self._numbers[where] == numbers]]
+        kept: npt.NDArray[np.int64] = self._columns[where[self._numbers[where] == numbers]]
+        return kept
 
     def recent(self, count: int = 256) -> npt.NDArray[np.int64]:
         """The same for the last `count` steps."""

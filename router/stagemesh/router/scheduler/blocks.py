@@ -1,7 +1,8 @@
 """The free list of a lane's KV blocks.
 
 Blocks are handed out in runs where there is one: a CPU stage reads a sequence whose blocks are
-consecutive in place instead of gathering it.
+consecutive in place instead of gathering it. So a new owner claims the run it may come to need. A claim
+keeps other newcomers away and nothing more: when nothing unclaimed is free, claimed blocks are taken.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Blocks = npt.NDArray[np.uint32]
+Blocks = npt.NDArray[np.int64]
 
 
 class BlockPool:
     """Which of `num_blocks` blocks are free. A block has one owner or none."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._free = np.ones(num_blocks, np.bool_)
+        # The sentinel at the end is never free: "the block after the last" needs no special case.
+        self._free = np.ones(num_blocks + 1, np.bool_)
+        self._free[num_blocks] = False
+        self._claimed = np.zeros(num_blocks, np.bool_)
         self._num_free = num_blocks
+        # Every free block is on the stack; one that was taken out of turn is dropped when it comes up.
+        self._stack = list(range(num_blocks))
+        self._on_stack = np.ones(num_blocks, np.bool_)
 
     @property
     def num_free(self) -> int:
@@ -27,43 +34,80 @@ class BlockPool:
     @property
     def num_blocks(self) -> int:
         """Of the lane."""
-        return len(self._free)
+        return len(self._claimed)
 
-    def take(self, count: int, after: int = -1, room: int = 0) -> Blocks:
+    def claim(self, room: int) -> int:
+        """Claim a run of `room` free blocks for a new owner; returns where it begins, -1 if there is none.
+
+        The shortest run that is long enough, so that long ones stay whole.
+        """
+        edges = np.flatnonzero(np.diff(self._free[:-1] & ~self._claimed, prepend=False, append=False))
+        begins, ends = edges[::2], edges[1::2]
+        fitting = np.flatnonzero(ends - begins >= room)
+        if not len(fitting):
+            return -1
+        begin = int(begins[fitting[(ends - begins)[fitting].argmin()]])
+        self._claimed[begin : begin + room] = True
+        return begin
+
+    def drop_claim(self, begin: int, room: int) -> None:
+        """The owner that claimed the run has left."""
+        if begin >= 0:
+            self._claimed[begin : begin + room] = False
+
+    def take(self, count: int, first: int = -1) -> Blocks:
         """Hand out `count` blocks; the caller has seen that they are there.
 
         Args:
             count: At most `num_free`.
-            after: The owner's last block: the next ones are preferred.
-            room: Blocks the owner may come to need in all; a new owner starts where a run of that length
-                is free, if there is one.
+            first: Where they should begin, if all of that run is free; -1 for anywhere.
         """
         assert count <= self._num_free
-        follow = slice(after + 1, after + 1 + count)
-        if after >= 0 and follow.stop <= len(self._free) and self._free[follow].all():
-            blocks = np.arange(follow.start, follow.stop)
+        if first >= 0 and first + count < len(self._free) and self._free[first : first + count].all():
+            blocks = np.arange(first, first + count)
         else:
-            blocks = self._find(count, max(count, room))
+            blocks = np.array([self._pop() for _ in range(count)], np.int64)
         self._free[blocks] = False
         self._num_free -= count
-        return blocks.astype(np.uint32)
+        return blocks
+
+    def take_next(self, last: Blocks) -> Blocks:
+        """One more block for each owner, the one after its last where that is free.
+
+        Args:
+            last: Distinct blocks, at most `num_free`.
+        """
+        assert len(last) <= self._num_free
+        blocks = last + 1
+        follows = self._free[blocks]
+        self._free[blocks[follows]] = False
+        blocks[~follows] = [self._pop() for _ in range(len(last) - int(np.count_nonzero(follows)))]
+        self._num_free -= len(last)
+        return blocks
 
     def give_back(self, blocks: Blocks) -> None:
         """The owner is done with them. Steps in flight may still write them: a later owner's come after."""
         assert not self._free[blocks].any()
         self._free[blocks] = True
         self._num_free += len(blocks)
+        fresh = blocks[~self._on_stack[blocks]]
+        self._on_stack[fresh] = True
+        self._stack += fresh.tolist()
 
-    def _find(self, count: int, room: int) -> npt.NDArray[np.intp]:
-        free = np.flatnonzero(self._free)
-        breaks = np.flatnonzero(np.diff(free) != 1) + 1
-        starts = np.r_[0, breaks]
-        lengths = np.diff(np.r_[starts, len(free)])
-        # Best fit: the shortest run with room; failing that the longest there is.
-        fitting = np.flatnonzero(lengths >= room)
-        if not len(fitting):
-            fitting = np.flatnonzero(lengths >= count)
-        if not len(fitting):
-            return free[:count]
-        best = fitting[lengths[fitting].argmin()]
-        return free[starts[best] : starts[best] + count]
+    def _pop(self) -> int:
+        passed_over: list[int] = []
+        while True:
+            # Nothing unclaimed is left when the stack runs out: claims give way.
+            if not self._stack:
+                self._stack, passed_over = passed_over[::-1], []
+                self._claimed[:] = False
+            block = self._stack.pop()
+            if not self._free[block]:
+                self._on_stack[block] = False
+            elif self._claimed[block]:
+                passed_over.append(block)
+            else:
+                self._stack += passed_over[::-1]
+                self._on_stack[block] = False
+                self._free[block] = False
+                return block

@@ -39,6 +39,8 @@ class Limits:
     block_size: int
     max_slots: int
     """Sequences running at once."""
+    max_blocks: int
+    """Of a sequence: the context in blocks."""
     max_waiting: int
     step_tokens: int
     """Positions of a step at most."""
@@ -72,7 +74,8 @@ class Scheduler:
         self._decoding = np.zeros(count, np.bool_)
         self._position = np.zeros(count, np.int64)
         self._end_position = np.zeros(count, np.int64)
-        self._num_cells = np.zeros(count, np.int64)
+        self._num_blocks = np.zeros(count, np.int64)
+        self._tables = np.zeros((count, limits.max_blocks), np.int64)
         self._unseen = np.zeros(count, np.int64)
         self._steps_in_flight = np.zeros(count, np.int64)
         self._last_step = np.zeros(count, np.int64)
@@ -121,19 +124,25 @@ class Scheduler:
     def take_result(self, number: int, token_ids: npt.NDArray[np.uint32]) -> list[Delta]:
         """The tokens of the oldest unanswered step; returns what they mean for each request."""
         step = self._in_flight.pop(number, None)
-        rows = np.flatnonzero(step.sample) if step else np.zeros(0, np.int64)
-        if step is None or len(rows) != len(token_ids):
+        sequences = step.sampled_sequences if step else []
+        if step is None or len(sequences) != len(token_ids):
             raise InvalidArgumentError(
-                f"{len(token_ids)} tokens came for step {number}; expected {len(rows)}", reason="BAD_RESULT"
+                f"{len(token_ids)} tokens came for step {number}; expected {len(sequences)}",
+                reason="BAD_RESULT",
             )
-        for sequence in step.sequences:
-            if sequence.slot >= 0:  # it cannot have left and come back: it leaves with no step in flight
-                self._steps_in_flight[sequence.slot] -= 1
+        # A sequence leaves its slot for good, or with no step in flight: one that still has a slot has the
+        # one it had in the step. The others' slots are not theirs any more.
+        here = np.array([sequence.slot for sequence in step.sequences], np.int64) == step.slots
+        self._steps_in_flight[step.slots[here]] -= 1
+        self._unseen[step.slots[here & step.sample]] -= 1
         deltas = []
-        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            sequence = step.sequences[row]
+        for sequence, token in zip(sequences, token_ids.tolist(), strict=True):
             if sequence.finish is None:
-                deltas.append(self._take_token(sequence, token))
+                sequence.token_ids.append(token)
+                deltas.append(Delta(sequence.request, [token], self._finish_of(sequence, token)))
+        for delta in deltas:
+            if delta.finish:
+                self._finish(self._live[delta.request.request_id], delta.finish)
         if self._yielding:
             self._yield_idle()
         return deltas
@@ -194,13 +203,24 @@ class Scheduler:
         if len(ready) > share:
             longest_waiting = np.argsort(self._last_step[ready], kind="stable")[:share]
             ready = np.sort(ready[longest_waiting])
-        full = ready[self._position[ready] == self._num_cells[ready]]
+        full = ready[self._position[ready] == self._num_blocks[ready] * self.limits.block_size]
         if not len(full):
+            return ready
+        if len(full) <= self.pool.num_free:
+            self._grow_all(full)
             return ready
         # To find a block for one, another may yield, also one looked at before: ask who is left at the end.
         grown = [slot for slot in full.tolist() if (one := self._by_slot[slot]) and self._grow(one)]
         left_out = np.setdiff1d(full, grown)
         return ready[self._decoding[ready] & ~np.isin(ready, left_out)]
+
+    def _grow_all(self, slots: Int64) -> None:
+        """One more block for each of these decoding sequences."""
+        have = self._num_blocks[slots]
+        blocks = self.pool.take_next(self._tables[slots, have - 1])
+        self._tables[slots, have] = blocks
+        self._num_blocks[slots] += 1
+        self._changes.appended.append((slots, blocks))
 
     def _grow(self, sequence: Sequence) -> bool:
         """One more block for a decoding sequence; if there is none, somebody yields, it itself perhaps."""
@@ -227,7 +247,10 @@ class Scheduler:
         while budget > 0 and self._waiting and self._free_slots and not self._yielding:
             sequence = self._waiting[0]
             # Room for the whole of its prompt, lest it start only to yield.
-            if -(-(len(sequence.to_prefill) + 1) // self.limits.block_size) > self.pool.num_free and self.num_running:
+            if (
+                -(-(len(sequence.to_prefill) + 1) // self.limits.block_size) > self.pool.num_free
+                and self.num_running
+            ):
                 break
             self._admit(self._waiting.pop(0))
             count = self._chunk(sequence, budget)
@@ -242,11 +265,17 @@ class Scheduler:
         position = int(self._position[sequence.slot])
         count = min(len(sequence.to_prefill) - position, budget)
         size = self.limits.block_size
-        room = len(sequence.blocks) * size - position
-        if not room and not self.pool.num_free and not self._yielding and (victim := self._victim()) is not sequence:
+        have = int(self._num_blocks[sequence.slot])
+        room = have * size - position
+        if (
+            not room
+            and not self.pool.num_free
+            and not self._yielding
+            and (victim := self._victim()) is not sequence
+        ):
             self._ask_to_yield(victim)
         count = min(count, room + self.pool.num_free * size)
-        needed = -(-(position + count) // size) - len(sequence.blocks)
+        needed = -(-(position + count) // size) - have
         if needed > 0:
             self._append(sequence, needed)
         return count
@@ -259,7 +288,8 @@ class Scheduler:
         self._decoding[slot] = False
         self._position[slot] = 0
         self._end_position[slot] = sequence.request.num_positions
-        self._num_cells[slot] = 0
+        self._num_blocks[slot] = 0
+        sequence.claim = self.pool.claim(self._claim_room(sequence))
         self._unseen[slot] = 0
         self._steps_in_flight[slot] = 0
         self._last_step[slot] = 0
@@ -267,12 +297,16 @@ class Scheduler:
         self._changes.admitted.append(sequence)
 
     def _append(self, sequence: Sequence, count: int) -> None:
-        after = int(sequence.blocks[-1]) if len(sequence.blocks) else -1
-        room = -(-sequence.request.num_positions // self.limits.block_size) - len(sequence.blocks)
-        blocks = self.pool.take(count, after, room)
-        sequence.blocks = np.concatenate((sequence.blocks, blocks))
-        self._num_cells[sequence.slot] += count * self.limits.block_size
-        self._changes.appended.append((sequence.slot, blocks))
+        slot = sequence.slot
+        have = int(self._num_blocks[slot])
+        first = int(self._tables[slot, have - 1]) + 1 if have else sequence.claim
+        blocks = self.pool.take(count, first)
+        self._tables[slot, have : have + count] = blocks
+        self._num_blocks[slot] = have + count
+        self._changes.appended.append((np.full(count, slot), blocks))
+
+    def _claim_room(self, sequence: Sequence) -> int:
+        return -(-sequence.request.num_positions // self.limits.block_size)
 
     # Steps
 
@@ -294,11 +328,16 @@ class Scheduler:
             number=number,
             changes=changes,
             slots=np.r_[decodes, np.array([sequence.slot for sequence, _ in prefills], np.int64)],
-            counts=np.r_[np.ones(len(decodes), np.int64), np.array([count for _, count in prefills], np.int64)],
+            counts=np.r_[
+                np.ones(len(decodes), np.int64), np.array([count for _, count in prefills], np.int64)
+            ],
             input_steps=np.r_[inputs, np.zeros(len(prefills), np.int64)].astype(np.uint64),
             tokens=tokens,
             sample=np.r_[np.ones(len(decodes), np.bool_), np.array(ends, np.bool_)],
-            sequences=[*(self._running(slot) for slot in decodes.tolist()), *(sequence for sequence, _ in prefills)],
+            sequences=[
+                *(self._running(slot) for slot in decodes.tolist()),
+                *(sequence for sequence, _ in prefills),
+            ],
             same_rows_as=same_rows_as,
         )
 
@@ -319,20 +358,15 @@ class Scheduler:
         for sequence in step.sequences[step.num_decodes :]:
             sequence.prefill_steps.append(step.number)
         if step.tokens:
-            self._prefilling = [sequence for sequence in self._prefilling if not self._decoding[sequence.slot]]
+            self._prefilling = [
+                sequence for sequence in self._prefilling if not self._decoding[sequence.slot]
+            ]
 
-    def _take_token(self, sequence: Sequence, token: int) -> Delta:
-        sequence.token_ids.append(token)
-        if sequence.slot >= 0:
-            self._unseen[sequence.slot] -= 1
-        finish = None
+    def _finish_of(self, sequence: Sequence, token: int) -> Finish | None:
+        """Whether that token, its newest, ends it."""
         if token in sequence.request.end_token_ids:
-            finish = Finish.STOP
-        elif len(sequence.token_ids) >= sequence.request.max_tokens:
-            finish = Finish.LENGTH
-        if finish:
-            self._finish(sequence, finish)
-        return Delta(sequence.request, [token], finish)
+            return Finish.STOP
+        return Finish.LENGTH if len(sequence.token_ids) >= sequence.request.max_tokens else None
 
     # Leaving
 
@@ -347,15 +381,17 @@ class Scheduler:
     def _vacate(self, sequence: Sequence) -> None:
         """Its slot and blocks are free; the stages hear of it in the next step."""
         slot = sequence.slot
-        self.pool.give_back(sequence.blocks)
-        sequence.blocks = sequence.blocks[:0]
+        self.pool.give_back(self._tables[slot, : self._num_blocks[slot]])
+        self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
         self._decoding[slot] = False
         self._by_slot[slot] = None
         self._free_slots.append(slot)
         sequence.slot = -1
         if sequence in self._changes.admitted:  # the stages have not heard of it yet
             self._changes.admitted.remove(sequence)
-        self._changes.appended = [change for change in self._changes.appended if change[0] != slot]
+        self._changes.appended = [
+            (slots[slots != slot], blocks[slots != slot]) for slots, blocks in self._changes.appended
+        ]
         self._changes.released.append(slot)
         for group in (self._prefilling, self._yielding):
             if sequence in group:

@@ -23,7 +23,8 @@ class Sequence:
     """Where computing starts after admission."""
     token_ids: list[int] = field(default_factory=list)
     """Generated and seen by the router."""
-    blocks: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    claim: int = -1
+    """First block of the run it claimed; -1 if it has none."""
     to_prefill: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
     """Tokens to compute before it decodes: the prompt, and after a preemption what was generated."""
     finish: Finish | None = None

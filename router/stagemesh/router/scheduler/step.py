@@ -21,8 +21,8 @@ class Changes:
     released: list[int] = field(default_factory=list)
     """Slots."""
     admitted: list[Sequence] = field(default_factory=list)
-    appended: list[tuple[int, npt.NDArray[np.uint32]]] = field(default_factory=list)
-    """(slot, blocks)."""
+    appended: list[tuple[Int64, Int64]] = field(default_factory=list)
+    """(slots, blocks): columns of equal length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,13 @@ class Step:
     """Above 0: the rows are those that step sampled."""
 
     @property
+    def sampled_sequences(self) -> list[Sequence]:
+        """Of the sampled rows, in row order."""
+        if self.sample.all():
+            return self.sequences
+        return [self.sequences[row] for row in np.flatnonzero(self.sample)]
+
+    @property
     def num_tokens(self) -> int:
         """Positions computed."""
         return int(self.counts.sum())
@@ -63,10 +70,8 @@ def encode(step: Step, epoch: int) -> stage_pb2.Step:
     if changes.admitted:
         message.admissions.CopyFrom(_admissions(changes.admitted))
     if changes.appended:
-        slots = [slot for slot, _ in changes.appended]
-        blocks = [some for _, some in changes.appended]
-        message.append_slots = pack(np.repeat(slots, [len(some) for some in blocks]), U32)
-        message.append_blocks = pack(np.concatenate(blocks), U32)
+        message.append_slots = pack(np.concatenate([slots for slots, _ in changes.appended]), U32)
+        message.append_blocks = pack(np.concatenate([blocks for _, blocks in changes.appended]), U32)
     if step.same_rows_as:
         message.same_rows_as = step.same_rows_as
         return message

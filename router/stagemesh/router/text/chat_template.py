@@ -13,6 +13,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import tokenizers
+
 from stagemesh.router.text.byte_fallback import ByteFallbackDecoding
 from stagemesh.router.text.byte_level import ByteLevelDecoding
 from stagemesh.router.text.window import WindowDecoding

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tokenizers
+from tokenizers import AddedToken
+
 from stagemesh.router.text.tokenizer import Tokenizer
 from stagemesh.wire.errors import ModelError
-from tokenizers import AddedToken
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER = ("additional_special_tokens", "extra_special_tokens")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import tokenizers
+from tokenizers import AddedToken, decoders, normalizers, processors
+from tokenizers.models import BPE
+
 from stagemesh.router.text.gguf_vocab import GGUFVocab
 from stagemesh.router.text.pre_tokenizers import PRE_TOKENIZATIONS
 from stagemesh.router.text.spm_merges import merges_from_scores
 from stagemesh.router.text.tokenizer import Tokenizer
 from stagemesh.wire.errors import ModelError
-from tokenizers import AddedToken, decoders, normalizers, processors
-from tokenizers.models import BPE
 
 _SPACE = "▁"
 

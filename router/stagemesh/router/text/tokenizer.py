@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import tokenizers
+
 from stagemesh.router.text.chat_template import ChatTemplate
 from stagemesh.router.text.decoding import Decoding, decoding_of
 from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError

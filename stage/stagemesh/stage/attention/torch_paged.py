@@ -33,7 +33,7 @@ class _DecodeGroup:
     length: int
     """Cells of the padded context."""
     mask: torch.Tensor | None
-    """bool [B, 1, 1, length], None if nothing is padding."""
+    """Added to the scores, [B, 1, 1, length]; None if nothing is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class TorchPagedAttention:
 
     def plan(self, batch: Batch) -> None:
         """Group the step's decode rows by length and prepare masks."""
+        self._clear_entered_blocks(batch)
         self._cells = torch.from_numpy(batch.cells)
         self._prefills = [self._plan_prefill(batch, row) for row in np.flatnonzero(batch.counts > 1)]
         self._decodes = self._plan_decodes(batch, np.flatnonzero(batch.counts == 1))
@@ -116,6 +117,17 @@ class TorchPagedAttention:
             out[part] = self._attend_prefill(row, query[part], *context)
         return out.view(out.shape[0], -1)
 
+    def _clear_entered_blocks(self, batch: Batch) -> None:
+        """Zero a block that a row enters and does not fill. A mask hides unwritten cells, but not a NaN in
+        them: one that a former owner left must not reach this sequence.
+        """
+        ends = batch.starts + batch.counts
+        last = (ends - 1) // self._block_size
+        entered = np.flatnonzero((last * self._block_size >= batch.starts) & (ends % self._block_size > 0))
+        if len(entered):
+            blocks = torch.from_numpy(batch.tables[entered, last[entered]].astype(np.int64))
+            self._cache.unflatten(2, (-1, self._block_size)).index_fill_(2, blocks, 0)
+
     def _plan_decodes(self, batch: Batch, rows: np.ndarray) -> list[_DecodeGroup]:
         if not len(rows):
             return []
@@ -126,7 +138,9 @@ class TorchPagedAttention:
         for end in range(1, len(order) + 1):
             if end == len(order) or widths[order[end]] > MAX_PADDING * widths[order[begin]] + 1:
                 members = np.sort(order[begin:end])
-                groups.append(self._decode_group(batch, rows[members], lengths[members], int(widths[members].max())))
+                groups.append(
+                    self._decode_group(batch, rows[members], lengths[members], int(widths[members].max()))
+                )
                 begin = end
         return groups
 
@@ -134,15 +148,18 @@ class TorchPagedAttention:
         flat = batch.offsets[rows]
         consecutive = bool((np.diff(flat) == 1).all())
         tables = batch.tables[rows, :width]
-        # Padding past a row's own blocks reads whatever cell the table names there; the mask hides it,
-        # but a NaN in an untouched cell would not be hidden, so such entries repeat the row's first block.
+        # Padding past a row's own blocks would read whatever block the table names there, a NaN perhaps that
+        # the mask does not hide: such entries repeat the row's first block.
         own = np.arange(width) * self._block_size < lengths[:, None]
         tables = np.where(own, tables, tables[:, :1])
         first_cell = self._first_cell(tables[0]) if len(rows) == 1 else None
         length = int(lengths.max()) if first_cell is not None else width * self._block_size
         mask = None
         if (lengths != length).any():
-            mask = torch.from_numpy(np.arange(length) < lengths[:, None]).view(len(rows), 1, 1, length)
+            own_cells = torch.from_numpy(np.arange(length) < lengths[:, None])
+            # Of numbers, not bool: torch would turn a bool mask into one at every layer.
+            mask = torch.zeros(own_cells.shape, dtype=self._cache.dtype).masked_fill_(~own_cells, -torch.inf)
+            mask = mask.view(len(rows), 1, 1, length)
         return _DecodeGroup(
             rows=slice(int(flat[0]), int(flat[-1]) + 1) if consecutive else torch.from_numpy(flat),
             blocks=torch.from_numpy(tables.astype(np.int64).ravel()),
@@ -170,7 +187,9 @@ class TorchPagedAttention:
     def _first_cell(self, table: np.ndarray) -> int | None:
         return int(table[0]) * self._block_size if bool((np.diff(table) == 1).all()) else None
 
-    def _context(self, cells: torch.Tensor, blocks: torch.Tensor, first_cell: int | None, length: int) -> torch.Tensor:
+    def _context(
+        self, cells: torch.Tensor, blocks: torch.Tensor, first_cell: int | None, length: int
+    ) -> torch.Tensor:
         """[length, kv_heads, head_dim] of one sequence; a view where its blocks are consecutive."""
         if first_cell is not None:
             return cells[first_cell : first_cell + length]
@@ -191,12 +210,21 @@ class TorchPagedAttention:
             part = slice(group.first_cell, group.first_cell + group.length)
             key, value = keys[part].view(shape), values[part].view(shape)
         else:
-            key, value = self._gather(keys, group.blocks).view(shape), self._gather(values, group.blocks).view(shape)
-        mask = group.mask.expand(rows, self._num_kv_heads, self._group, -1) if group.mask is not None else None
-        out = F.scaled_dot_product_attention(grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask)
+            key, value = (
+                self._gather(keys, group.blocks).view(shape),
+                self._gather(values, group.blocks).view(shape),
+            )
+        mask = (
+            group.mask.expand(rows, self._num_kv_heads, self._group, -1) if group.mask is not None else None
+        )
+        out = F.scaled_dot_product_attention(
+            grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )
         return out.reshape(rows, -1, self._head_dim)
 
-    def _attend_prefill(self, row: _Prefill, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_prefill(
+        self, row: _Prefill, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
             key.transpose(0, 1).unsqueeze(0),

@@ -46,12 +46,19 @@ class Engine(Protocol):
         """What this rank holds."""
 
     def run(
-        self, batch: Batch, *, tokens: npt.NDArray[np.int64] | None, hidden: memoryview | None, debug_logits: bool
+        self,
+        batch: Batch,
+        *,
+        arrived_ns: int,
+        tokens: npt.NDArray[np.int64] | None,
+        hidden: memoryview | None,
+        debug_logits: bool,
     ) -> StepOutput:
         """Compute one step.
 
         Args:
             batch: The step's rows.
+            arrived_ns: Monotonic time at which all the step needs had come.
             tokens: int64 [T] input ids, on the first stage.
             hidden: Bytes of [T, hidden_size] from the stage before, elsewhere.
             debug_logits: Return the logits of the sampled rows too.

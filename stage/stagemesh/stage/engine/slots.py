@@ -86,7 +86,8 @@ class SlotTable:
         slots = self._history.get(number, np.zeros(0, np.int64))
         if len(slots) != len(tokens):
             raise InvalidArgumentError(
-                f"{len(tokens)} tokens came for step {number}, which sampled {len(slots)} rows", reason="BAD_RING"
+                f"{len(tokens)} tokens came for step {number}, which sampled {len(slots)} rows",
+                reason="BAD_RING",
             )
         current = self.sampled_by[slots] == number
         self.tokens[slots[current]] = tokens[current]
@@ -115,7 +116,9 @@ class SlotTable:
         slots = self._slots(step.append_slots, "append_slots")
         blocks = unpack(step.append_blocks, U32, "append_blocks", len(slots))
         if blocks.max() >= self.num_blocks:
-            raise InvalidArgumentError(f"append_blocks names block {blocks.max()} of {self.num_blocks}", field="append_blocks")
+            raise InvalidArgumentError(
+                f"append_blocks names block {blocks.max()} of {self.num_blocks}", field="append_blocks"
+            )
         # Several blocks for one slot in one step: each goes one further than the one before it.
         order = np.argsort(slots, kind="stable")
         ordered = slots[order]
@@ -125,11 +128,15 @@ class SlotTable:
         index = self.num_table_blocks[ordered] + rank
         if index.max() >= self.max_blocks:
             slot = ordered[index.argmax()]
-            raise InvalidArgumentError(f"slot {slot} gets block {index.max() + 1} of {self.max_blocks}", field="append_slots")
+            raise InvalidArgumentError(
+                f"slot {slot} gets block {index.max() + 1} of {self.max_blocks}", field="append_slots"
+            )
         self.tables[ordered, index] = blocks[order]
         self.num_table_blocks[ordered[first]] += counts.astype(np.int32)
 
-    def _rows(self, step: stage_pb2.Step) -> tuple[Int64, Int64, npt.NDArray[np.uint64], Int64, npt.NDArray[np.bool_]]:
+    def _rows(
+        self, step: stage_pb2.Step
+    ) -> tuple[Int64, Int64, npt.NDArray[np.uint64], Int64, npt.NDArray[np.bool_]]:
         if step.WhichOneof("work") == "same_rows_as":
             earlier = self._history.get(step.same_rows_as)
             if earlier is None:
@@ -144,15 +151,35 @@ class SlotTable:
         slots = self._slots(rows.slots, "rows.slots")
         count = len(slots)
         counts = (
-            unpack(rows.counts, U32, "rows.counts", count).astype(np.int64) if rows.counts else np.ones(count, np.int64)
+            unpack(rows.counts, U32, "rows.counts", count).astype(np.int64)
+            if rows.counts
+            else np.ones(count, np.int64)
         )
-        inputs = unpack(rows.input_steps, U64, "rows.input_steps", count) if rows.input_steps else np.zeros(count, np.uint64)
+        inputs = (
+            unpack(rows.input_steps, U64, "rows.input_steps", count)
+            if rows.input_steps
+            else np.zeros(count, np.uint64)
+        )
         sample = (
-            unpack(rows.sample, U8, "rows.sample", count).astype(np.bool_) if rows.sample else np.ones(count, np.bool_)
+            unpack(rows.sample, U8, "rows.sample", count).astype(np.bool_)
+            if rows.sample
+            else np.ones(count, np.bool_)
         )
+        self._check_rows(step.number, slots, counts, inputs)
         given = int(counts[inputs == 0].sum())
         tokens = unpack(rows.tokens, U32, "rows.tokens", given).astype(np.int64)
         return slots, counts, inputs, tokens, sample
+
+    def _check_rows(self, number: int, slots: Int64, counts: Int64, inputs: npt.NDArray[np.uint64]) -> None:
+        wrong = np.flatnonzero((counts == 0) | ((inputs > 0) & (counts != 1)))
+        if len(wrong):
+            slot, count, given = slots[wrong[0]], counts[wrong[0]], inputs[wrong[0]]
+            source = f" with the token of step {given}" if given else ""
+            raise InvalidArgumentError(
+                f"step {number}: slot {slot} computes {count} positions{source}", field="rows.counts"
+            )
+        if len(np.unique(slots)) != len(slots):
+            raise InvalidArgumentError(f"step {number} names a slot twice", field="rows.slots")
 
     def _batch(
         self,
@@ -176,7 +203,8 @@ class SlotTable:
         from_ring = input_steps > 0
         if (self.sampled_by[slots[from_ring]] != input_steps[from_ring]).any():
             raise InvalidArgumentError(
-                f"step {number} takes a token from a step that did not sample its slot last", field="rows.input_steps"
+                f"step {number} takes a token from a step that did not sample its slot last",
+                field="rows.input_steps",
             )
         total = int(counts.sum())
         offsets = np.cumsum(counts) - counts

@@ -68,10 +68,15 @@ class TorchEngine:
             weights = load_shard(
                 source, layers, deal, dtype=self._dtype, has_embedding=first, has_head=last, progress=progress
             )
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights.values()}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in weights.values()
+        }
         self._weight_bytes = sum(storages.values())
         read = time.perf_counter()
-        self._model = LlamaStage(config, layers, deal, weights, group, dtype=self._dtype, max_context=max_context)
+        self._model = LlamaStage(
+            config, layers, deal, weights, group, dtype=self._dtype, max_context=max_context
+        )
         self._attention = TorchPagedAttention(
             num_layers=len(layers),
             num_blocks=num_blocks,
@@ -87,7 +92,12 @@ class TorchEngine:
         )
         packed = time.perf_counter()
         self._warm_up(block_size)
-        self._load_seconds = {**(start_seconds or {}), "read": read - began, "pack": packed - read, "warm-up": time.perf_counter() - packed}
+        self._load_seconds = {
+            **(start_seconds or {}),
+            "read": read - began,
+            "pack": packed - read,
+            "warm-up": time.perf_counter() - packed,
+        }
 
     def facts(self) -> RankFacts:
         return RankFacts(
@@ -105,14 +115,22 @@ class TorchEngine:
 
     @torch.inference_mode()
     def run(
-        self, batch: Batch, *, tokens: npt.NDArray[np.int64] | None, hidden: memoryview | None, debug_logits: bool
+        self,
+        batch: Batch,
+        *,
+        arrived_ns: int,
+        tokens: npt.NDArray[np.int64] | None,
+        hidden: memoryview | None,
+        debug_logits: bool,
     ) -> StepOutput:
         self._attention.plan(batch)
         if tokens is not None:
             inputs = torch.from_numpy(tokens)
         else:
             assert hidden is not None
-            inputs = torch.frombuffer(hidden, dtype=self._dtype).view(batch.num_tokens, self._config.hidden_size)
+            inputs = torch.frombuffer(hidden, dtype=self._dtype).view(
+                batch.num_tokens, self._config.hidden_size
+            )
         out = self._model(inputs, torch.from_numpy(batch.positions), self._attention)
         if self._sampler is None:
             return StepOutput(hidden=memoryview(out.contiguous().view(torch.uint8).numpy()).cast("B"))
@@ -131,6 +149,7 @@ class TorchEngine:
             hidden = memoryview(bytes(count * self._config.hidden_size * self._dtype.itemsize))
             self.run(
                 batch,
+                arrived_ns=time.monotonic_ns(),
                 tokens=np.zeros(count, np.int64) if first else None,
                 hidden=None if first else hidden,
                 debug_logits=False,

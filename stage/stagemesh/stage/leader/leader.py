@@ -48,7 +48,9 @@ class StageLeader:
         version: Of the package.
     """
 
-    def __init__(self, config: StageConfig, plan: StagePlan, name: str, health: health_aio.HealthServicer, version: str) -> None:
+    def __init__(
+        self, config: StageConfig, plan: StagePlan, name: str, health: health_aio.HealthServicer, version: str
+    ) -> None:
         self._config = config
         self._plan = plan
         self._name = name
@@ -102,7 +104,9 @@ class StageLeader:
 
     async def aclose(self) -> None:
         """End the lane; its router gets UNAVAILABLE."""
-        self._fail_lane(StageLostError(f"{self._name} is shutting down", reason="STAGE_LOST", stage=self._name))
+        self._fail_lane(
+            StageLostError(f"{self._name} is shutting down", reason="STAGE_LOST", stage=self._name)
+        )
         if self._lane:
             await self._lane.close()
 
@@ -161,7 +165,9 @@ class StageLeader:
                 )
             self._check_opening(request)
             self._epoch = request.epoch
-            self._fail_lane(UnavailableError(f"{self._name} now serves epoch {request.epoch}", reason="EPOCH_RAISED"))
+            self._fail_lane(
+                UnavailableError(f"{self._name} now serves epoch {request.epoch}", reason="EPOCH_RAISED")
+            )
             if self._lane:
                 await self._lane.close()
             self._lane = LeaderLane(request)
@@ -173,21 +179,25 @@ class StageLeader:
         if self._lane is None or self._lane.epoch != epoch:
             have = self._lane.epoch if self._lane else "none"
             raise FailedPreconditionError(
-                f"epoch {epoch} is not open on {self._name} (open: {have})", reason="STALE_EPOCH", stage=self._name
+                f"epoch {epoch} is not open on {self._name} (open: {have})",
+                reason="STALE_EPOCH",
+                stage=self._name,
             )
         if self._lane.error:
             raise self._lane.error
         return self._lane
 
-    def hand_steps(self, lane: LeaderLane, request: stage_pb2.ExecuteRequest, data: bytes, arrival_ns: int) -> None:
+    def hand_steps(
+        self, lane: LeaderLane, request: stage_pb2.ExecuteRequest, data: bytes, arrival_ns: int
+    ) -> None:
         """Pass a message of steps to the workers as it came in."""
         if request.steps:
             lane.last_received = request.steps[-1].number
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
 
-    def hand_frame(self, data: bytes) -> None:
+    def hand_frame(self, data: bytes, arrival_ns: int) -> None:
         """Pass a frame to the workers as it came in."""
-        self._require_group().broadcast(ToWorker.FRAME, data)
+        self._require_group().broadcast(ToWorker.FRAME, arrival_ns.to_bytes(8, "little"), data)
 
     def _require_group(self) -> WorkerGroup:
         if self._group is None:
@@ -200,11 +210,14 @@ class StageLeader:
         self._require_group()
         if not 0 < request.num_blocks <= self._plan.num_blocks:
             raise InvalidArgumentError(
-                f"num_blocks is {request.num_blocks}; {self._name} has {self._plan.num_blocks}", field="num_blocks"
+                f"num_blocks is {request.num_blocks}; {self._name} has {self._plan.num_blocks}",
+                field="num_blocks",
             )
         limit = self._config.max_slots * max(1, request.num_stages)
         if not 0 < request.max_slots <= limit:
-            raise InvalidArgumentError(f"max_slots is {request.max_slots}; {self._name} takes {limit}", field="max_slots")
+            raise InvalidArgumentError(
+                f"max_slots is {request.max_slots}; {self._name} takes {limit}", field="max_slots"
+            )
 
     def _fail_lane(self, error: StagemeshError) -> None:
         if self._lane:

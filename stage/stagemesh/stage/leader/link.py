@@ -35,7 +35,9 @@ class LinkSender:
         on_broken: Called once, with the error, if the link ends before `close`.
     """
 
-    def __init__(self, epoch: int, kind: int, address: str, on_broken: Callable[[StageLostError], None]) -> None:
+    def __init__(
+        self, epoch: int, kind: int, address: str, on_broken: Callable[[StageLostError], None]
+    ) -> None:
         self._epoch = epoch
         self._kind = kind
         self._address = address
@@ -120,7 +122,7 @@ class LinkSender:
         self._on_broken(error)
 
     def _lost(self, how: str) -> StageLostError:
-        name = stage_pb2.LinkKind.Name(self._kind).removeprefix("LINK_KIND_").lower()  # type: ignore[arg-type]
+        name = stage_pb2.LinkKind.Name(self._kind).removeprefix("LINK_KIND_").lower()
         return StageLostError(
             f"the {name} link to {self._address} broke: {how}", reason="STAGE_LOST", stage=self._address
         )

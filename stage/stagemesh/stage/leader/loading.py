@@ -64,6 +64,8 @@ def load_line(plan: StagePlan, facts: list[RankFacts], config: StageConfig) -> s
         f"rank {fact.rank}: {fact.num_heads}/{fact.num_kv_heads} heads/KV heads, {fact.weight_bytes / MIB:.0f} MiB"
         for fact in facts
     )
+    if not sum(sum(fact.load_seconds.values()) for fact in facts):
+        return f"layers {plan.layers.start}:{plan.layers.stop} simulated, cost {config.cost}; {plan.num_blocks} KV blocks"
     slowest = max(facts, key=lambda fact: sum(fact.load_seconds.values()))
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in slowest.load_seconds.items())
     return (

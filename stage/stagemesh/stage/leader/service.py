@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -25,7 +26,7 @@ EPOCH_KEY = "stagemesh-epoch"
 CREDIT_BYTES = 4 << 20
 """A receiver acknowledges at least every so many bytes."""
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class StageService:
@@ -34,10 +35,14 @@ class StageService:
     def __init__(self, leader: StageLeader) -> None:
         self._leader = leader
 
-    async def Describe(self, request: stage_pb2.DescribeRequest, context: Context) -> stage_pb2.DescribeResponse:
+    async def Describe(
+        self, request: stage_pb2.DescribeRequest, context: Context
+    ) -> stage_pb2.DescribeResponse:
         return self._leader.describe()
 
-    async def OpenLane(self, request: stage_pb2.OpenLaneRequest, context: Context) -> stage_pb2.OpenLaneResponse:
+    async def OpenLane(
+        self, request: stage_pb2.OpenLaneRequest, context: Context
+    ) -> stage_pb2.OpenLaneResponse:
         return stage_pb2.OpenLaneResponse(incarnation=await self._leader.open_lane(request))
 
     async def PrepareLink(
@@ -61,7 +66,9 @@ class StageService:
         else:
             expected = lane.expected.get(request.kind)
             if expected is None:
-                raise FailedPreconditionError("ConnectLink came before PrepareLink", reason="LINK_NOT_PREPARED")
+                raise FailedPreconditionError(
+                    "ConnectLink came before PrepareLink", reason="LINK_NOT_PREPARED"
+                )
             try:
                 await asyncio.wait_for(expected.wait(), timeout_s)
             except TimeoutError:
@@ -73,7 +80,9 @@ class StageService:
     async def Execute(self, requests: AsyncIterator[bytes], context: Context) -> None:
         lane = self._leader.lane(_epoch_of(context))
         if lane.executing:
-            raise FailedPreconditionError(f"epoch {lane.epoch} already has an Execute stream", reason="LANE_TAKEN")
+            raise FailedPreconditionError(
+                f"epoch {lane.epoch} already has an Execute stream", reason="LANE_TAKEN"
+            )
         lane.executing = True
         reader = asyncio.create_task(self._read_steps(lane, requests))
         reader.add_done_callback(lambda _: lane.wake.set())
@@ -102,12 +111,14 @@ class StageService:
             lane = self._leader.lane(part.epoch)
             expected = lane.expected.get(part.kind)
             if expected is None:
-                raise FailedPreconditionError("a frame came for a link that was not prepared", reason="LINK_NOT_PREPARED")
+                raise FailedPreconditionError(
+                    "a frame came for a link that was not prepared", reason="LINK_NOT_PREPARED"
+                )
             received += len(part.data)
             if part.step == 0:
                 expected.set()
             else:
-                self._leader.hand_frame(message)
+                self._leader.hand_frame(message, time.monotonic_ns())
             if part.step == 0 or received - acknowledged >= CREDIT_BYTES:
                 acknowledged = received
                 await context.write(stage_pb2.TransferResponse(received_bytes=received).SerializeToString())
@@ -127,7 +138,9 @@ class StageService:
 def _epoch_of(context: Context) -> int:
     value = dict(context.invocation_metadata() or ()).get(EPOCH_KEY)
     if not isinstance(value, str) or not value.isdigit():
-        raise InvalidArgumentError(f"metadata {EPOCH_KEY} is {value!r}; expected the lane's epoch", reason="NO_EPOCH")
+        raise InvalidArgumentError(
+            f"metadata {EPOCH_KEY} is {value!r}; expected the lane's epoch", reason="NO_EPOCH"
+        )
     return int(value)
 
 

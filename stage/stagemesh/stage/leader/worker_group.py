@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -68,7 +69,7 @@ class WorkerGroup:
     async def start(self) -> None:
         """Start the processes and wait until all have loaded; StartupError says why one did not."""
         self._outbox.bind(self._endpoint("out"))
-        asyncio.get_running_loop().add_reader(self._outbox.getsockopt(zmq.FD), self._drain)
+        asyncio.get_running_loop().add_reader(self._outbox.fileno(), self._drain)
         for rank in range(self._config.tp):
             inbox = self._context.socket(zmq.PUSH)
             inbox.setsockopt(zmq.SNDHWM, 0)
@@ -77,7 +78,8 @@ class WorkerGroup:
             self._inboxes.append(inbox)
             self._processes.append(await self._spawn(rank))
         self._watchers = [asyncio.create_task(self._watch(rank)) for rank in range(self._config.tp)]
-        await asyncio.wait({self._ready, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self._ready, self.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             raise StartupError(f"the stage's workers did not start: {self.lost.result()}")
         self._ready.result()
@@ -86,7 +88,9 @@ class WorkerGroup:
     def broadcast(self, kind: ToWorker, *parts: bytes | memoryview) -> None:
         """Send one message to every rank; all get the same ones in the same order."""
         for inbox in self._inboxes:
-            inbox.send_multipart([kind, *parts], flags=zmq.NOBLOCK, copy=True)
+            # The queues have no limit: it fails only where the worker is gone, and its watcher says that.
+            with contextlib.suppress(zmq.Again):
+                inbox.send_multipart([kind, *parts], flags=zmq.NOBLOCK, copy=True)
 
     async def stop(self) -> None:
         """End every process: asked first, killed after a grace."""
@@ -101,7 +105,7 @@ class WorkerGroup:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         await asyncio.gather(*(process.wait() for process in self._processes))
-        asyncio.get_running_loop().remove_reader(self._outbox.getsockopt(zmq.FD))
+        asyncio.get_running_loop().remove_reader(self._outbox.fileno())
         for socket in (*self._inboxes, self._outbox):
             socket.close(linger=0)
         self._context.term()
@@ -121,7 +125,9 @@ class WorkerGroup:
         threads = str(self._config.num_threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if self._config.shared_cores or self._config.tp * self._config.num_threads > len(os.sched_getaffinity(0)):
+        if self._config.shared_cores or self._config.tp * self._config.num_threads > len(
+            os.sched_getaffinity(0)
+        ):
             # A thread that spins between two parallel regions takes a core from a neighbour that has work.
             environment.setdefault("OMP_WAIT_POLICY", "passive")
         return await asyncio.create_subprocess_exec(
@@ -166,7 +172,9 @@ class WorkerGroup:
         elif kind is ToLeader.PROGRESS:
             rank, done, total = unpack(parts[0].bytes, U64, "progress", 3)
             self._progress[int(rank)] = (int(done), int(total))
-            self._on_progress(sum(p[0] for p in self._progress.values()), sum(p[1] for p in self._progress.values()))
+            self._on_progress(
+                sum(p[0] for p in self._progress.values()), sum(p[1] for p in self._progress.values())
+            )
         elif kind is ToLeader.READY:
             facts = RankFacts(**json.loads(parts[0].bytes))
             self._facts[facts.rank] = facts

@@ -25,7 +25,9 @@ Weights = dict[str, torch.Tensor]
 class Attention(nn.Module):
     """Grouped-query attention over this rank's heads."""
 
-    def __init__(self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup
+    ) -> None:
         super().__init__()
         self._heads = len(deal.heads)
         self._kv_heads = len(deal.kv_heads)
@@ -34,7 +36,11 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(weights.pop(f"{prefix}.o"), group)
 
     def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: PagedAttention, layer: int
+        self,
+        x: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention: PagedAttention,
+        layer: int,
     ) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
         heads = self.qkv(x).view(x.shape[0], self._heads + 2 * self._kv_heads, self._head_dim)
@@ -61,7 +67,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with its norm and residual."""
 
-    def __init__(self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(weights.pop(f"{prefix}.attn_norm"), config.rms_norm_eps)
         self.attention = Attention(config, deal, weights, prefix, group)
@@ -69,7 +77,11 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(weights, prefix, group)
 
     def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attention: PagedAttention, layer: int
+        self,
+        x: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention: PagedAttention,
+        layer: int,
     ) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
         x = x + self.attention(self.attention_norm(x), rotation, attention, layer)
@@ -104,7 +116,9 @@ class LlamaStage(nn.Module):
         self.norm = RMSNorm(weights.pop("norm"), config.rms_norm_eps) if head is not None else None
         self.head = VocabParallelHead(head) if head is not None else None
 
-    def forward(self, inputs: torch.Tensor, positions: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, positions: torch.Tensor, attention: PagedAttention
+    ) -> torch.Tensor:
         """Hidden states [T, hidden] after the stage's layers, from token ids [T] or hidden states."""
         x = self.embedding(inputs) if self.embedding is not None else inputs
         rotation = self._rotary.at(positions)

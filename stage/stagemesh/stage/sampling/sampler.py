@@ -61,7 +61,9 @@ class Sampler:
 
     def _sample_whole(self, logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
         temperatures = torch.from_numpy(columns.temperatures).unsqueeze(-1)
-        keep = _kept(logits / temperatures, torch.from_numpy(columns.top_ks), torch.from_numpy(columns.top_ps))
+        keep = _kept(
+            logits / temperatures, torch.from_numpy(columns.top_ks), torch.from_numpy(columns.top_ps)
+        )
         scores = self._scores(logits, columns, range(self._vocab_size))
         return scores.masked_fill_(~keep, -torch.inf).argmax(dim=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+
 from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import RankDeal
 from stagemesh.model.shard_shapes import shard_shapes

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from stagemesh.model.gguf_file import GGUFTensor, open_gguf
 from stagemesh.model.source import ModelSource
 from stagemesh.stage.weights.dequantize import SUPPORTED_TYPES, block_of, dequantize_into

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 
 import torch
+
 from stagemesh.stage.weights.piece import Piece
 from stagemesh.wire.errors import ModelError
 

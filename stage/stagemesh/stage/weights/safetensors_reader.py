@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
 from stagemesh.model.safetensors_header import TensorInfo, read_safetensors_header
 from stagemesh.model.source import ModelSource
 from stagemesh.stage.weights.piece import Piece

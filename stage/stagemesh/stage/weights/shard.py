@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from stagemesh.model.deal import RankDeal
 from stagemesh.model.shard_shapes import shard_shapes
 from stagemesh.model.source import ModelSource

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import zmq
 
+from stagemesh.model.cost import CostModel
+from stagemesh.stage.engine.interface import Engine
 from stagemesh.stage.local_queue import ToLeader
-from stagemesh.stage.plan import plan_stage
+from stagemesh.stage.plan import ITEMSIZE, StagePlan, plan_stage
 from stagemesh.stage.worker.spec import WorkerSpec
 from stagemesh.stage.worker.worker import Worker
 from stagemesh.wire.columns import U64, pack
@@ -56,6 +58,28 @@ def main() -> int:
 
 
 def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> Worker:
+    plan = plan_stage(spec.config)
+    engine = _sim_engine(spec, plan) if spec.config.engine == "sim" else _torch_engine(spec, plan, outbox)
+    return Worker(
+        spec.rank, engine, inbox, outbox, block_size=spec.config.block_size, max_context=plan.max_context
+    )
+
+
+def _sim_engine(spec: WorkerSpec, plan: StagePlan) -> Engine:
+    from stagemesh.stage.engine.sim_engine import SimEngine
+
+    model = plan.source.config
+    return SimEngine(
+        CostModel.parse(spec.config.cost),
+        rank=spec.rank,
+        hidden_bytes=model.hidden_size * ITEMSIZE[plan.dtype],
+        num_blocks=plan.num_blocks,
+        vocab_size=model.vocab_size,
+        last=plan.layers.stop == model.num_layers,
+    )
+
+
+def _torch_engine(spec: WorkerSpec, plan: StagePlan, outbox: zmq.Socket[bytes]) -> Engine:
     began = time.perf_counter()
     import torch
 
@@ -66,7 +90,6 @@ def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes])
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     torch.set_num_threads(spec.config.num_threads)
     imported = time.perf_counter()
-    plan = plan_stage(spec.config)
     group = RankGroup.connect(
         spec.rank, spec.config.tp, Path(spec.store), timeout_s=spec.config.group_timeout_s
     )
@@ -79,7 +102,7 @@ def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes])
             last_said = now
             outbox.send_multipart([ToLeader.PROGRESS, pack([spec.rank, done, total], U64)])
 
-    engine = TorchEngine(
+    return TorchEngine(
         plan.source,
         plan.layers,
         plan.deals,
@@ -91,9 +114,6 @@ def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes])
         dummy=spec.config.load_format == "dummy",
         progress=progress,
         start_seconds={"import": imported - began},
-    )
-    return Worker(
-        spec.rank, engine, inbox, outbox, block_size=spec.config.block_size, max_context=plan.max_context
     )
 
 

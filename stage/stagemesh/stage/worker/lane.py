@@ -14,6 +14,9 @@ from stagemesh.wire.columns import U32
 from stagemesh.wire.errors import InvalidArgumentError
 from stagemesh.wire.frame import Frame
 
+ARRIVALS_KEPT = 64
+"""Steps back: a later step may still take the tokens of one that long past."""
+
 
 @dataclass(slots=True)
 class _Assembly:
@@ -45,6 +48,8 @@ class WorkerLane:
     head: Batch | None = None
     next_number: int = 1
     _hidden: dict[int, memoryview] = field(default_factory=dict)
+    _arrivals: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Monotonic ns at which the tensor of (kind, step) was complete here."""
     _assemblies: dict[tuple[int, int], _Assembly] = field(default_factory=dict)
     _ring_step: int = 0
     """The last step whose tokens came back."""
@@ -63,15 +68,17 @@ class WorkerLane:
         """Queue a step; numbers are consecutive, since links match by order."""
         if step.number != self.next_number:
             raise InvalidArgumentError(
-                f"step {step.number} came, expected step {self.next_number}: steps are consecutive", field="steps.number"
+                f"step {step.number} came, expected step {self.next_number}: steps are consecutive",
+                field="steps.number",
             )
         self.next_number += 1
         self.pending.append(PendingStep(step, arrival_ns))
 
-    def take_frame(self, frame: Frame) -> None:
+    def take_frame(self, frame: Frame, arrival_ns: int) -> None:
         """Keep what a neighbour sent. A tensor of one frame is used in place."""
         if frame.step == 0:  # the dummy that opened the link
             return
+        self._arrivals[frame.kind, frame.step] = arrival_ns
         if frame.offset == 0 and frame.last:
             self._complete(frame.kind, frame.step, frame.data)
             return
@@ -99,16 +106,32 @@ class WorkerLane:
         assert self.head is not None
         number = self.head.number
         if not self.first:
-            return "" if number in self._hidden else f"activations of step {number} from stage {self.request.stage_index - 1}"
+            return (
+                ""
+                if number in self._hidden
+                else f"activations of step {number} from stage {self.request.stage_index - 1}"
+            )
         if self.head.newest_input > self._ring_step:
             return f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
         return ""
+
+    def arrived_ns(self) -> int:
+        """When the head, and all it needs, had come."""
+        assert self.head is not None
+        if self.first:
+            key = (stage_pb2.LINK_KIND_RING, self.head.newest_input)
+        else:
+            key = (stage_pb2.LINK_KIND_ACTIVATIONS, self.head.number)
+        return max(self.pending[0].arrival_ns, self._arrivals.get(key, 0))
 
     def take_head(self) -> tuple[PendingStep, Batch, memoryview | None]:
         """The step to run now, its batch, and its activations (None on the first stage)."""
         batch = self.head
         assert batch is not None
         self.head = None
+        self._arrivals = {
+            key: at for key, at in self._arrivals.items() if key[1] > batch.number - ARRIVALS_KEPT
+        }
         return self.pending.popleft(), batch, self._hidden.pop(batch.number, None)
 
     def _complete(self, kind: int, step: int, data: memoryview) -> None:

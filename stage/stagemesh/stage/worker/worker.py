@@ -80,9 +80,9 @@ class Worker:
         if kind is ToWorker.STEPS:
             self._take_steps(int.from_bytes(parts[0].bytes, "little"), parts[1].bytes)
         elif kind is ToWorker.FRAME:
-            part = frame.decode(parts[0].buffer)
+            part = frame.decode(parts[1].buffer)
             if self._lane and part.epoch == self._lane.request.epoch:
-                self._lane.take_frame(part)
+                self._lane.take_frame(part, int.from_bytes(parts[0].bytes, "little"))
         elif kind is ToWorker.OPEN:
             self._open(stage_pb2.OpenLaneRequest.FromString(parts[0].bytes))
         elif kind is ToWorker.PING:
@@ -112,11 +112,18 @@ class Worker:
             self._run_step(lane)
 
     def _run_step(self, lane: WorkerLane) -> None:
+        arrived_ns = lane.arrived_ns()
         pending, batch, hidden = lane.take_head()
         lane.slots.begin(batch)
         began_ns = time.monotonic_ns()
         tokens = lane.slots.input_tokens(batch) if lane.first else None
-        output = self._engine.run(batch, tokens=tokens, hidden=hidden, debug_logits=lane.request.debug_logits)
+        output = self._engine.run(
+            batch,
+            arrived_ns=arrived_ns,
+            tokens=tokens,
+            hidden=hidden,
+            debug_logits=lane.request.debug_logits,
+        )
         computed_ns = time.monotonic_ns()
         if lane.first and lane.last:
             assert output.tokens is not None
@@ -126,7 +133,9 @@ class Worker:
             if output.tokens is not None:
                 sent_bytes = self._send_result(lane, batch.number, output.tokens, output.logits)
             elif output.hidden is not None:
-                sent_bytes = self._send_tensor(lane, stage_pb2.LINK_KIND_ACTIVATIONS, batch.number, output.hidden)
+                sent_bytes = self._send_tensor(
+                    lane, stage_pb2.LINK_KIND_ACTIVATIONS, batch.number, output.hidden
+                )
             sent_ns = time.monotonic_ns()
             free_ns = max(self._idle_since_ns, pending.arrival_ns)
             timing = StepTiming(
@@ -134,7 +143,7 @@ class Worker:
                 number=batch.number,
                 arrival_ns=pending.arrival_ns,
                 queue_ns=free_ns - pending.arrival_ns,
-                wait_ns=max(0, began_ns - free_ns),
+                wait_ns=max(0, arrived_ns - free_ns),
                 compute_ns=computed_ns - began_ns,
                 send_ns=sent_ns - computed_ns,
                 sent_bytes=sent_bytes,

@@ -1,0 +1,182 @@
+"""Many requests over one stream."""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from mesh_calls import Answer, Refusal, generate, make_prompt, make_request, read_answer, to_refusal
+from mesh_processes import wait_for
+from running_mesh import CALL_TIMEOUT_S, RunningMesh
+
+from stagemesh.v1 import inference_pb2
+
+
+@dataclass(slots=True)
+class Session:
+    """A session from the client's side, read message by message."""
+
+    mesh: RunningMesh
+    answers: dict[str, Answer] = field(default_factory=lambda: defaultdict(Answer))
+    refused: dict[str, Refusal] = field(default_factory=dict)
+    call: Any = None
+    _outgoing: queue.SimpleQueue[inference_pb2.SessionRequest | None] = field(
+        default_factory=queue.SimpleQueue
+    )
+
+    def __enter__(self) -> Session:
+        self.call = self.mesh.stub.Session(iter(self._outgoing.get, None), timeout=CALL_TIMEOUT_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._outgoing.put(None)
+        if kind:
+            self.call.cancel()
+
+    def send(self, *starts: inference_pb2.GenerateRequest, cancel: tuple[str, ...] = ()) -> None:
+        self._outgoing.put(inference_pb2.SessionRequest(start=starts, cancel=cancel))
+
+    def half_close(self) -> None:
+        self._outgoing.put(None)
+
+    def read(self) -> bool:
+        """Take one message; False at the end of the stream."""
+        response = next(self.call, None)
+        if response is None:
+            return False
+        assert len(response.request_ids) == len(response.texts) == len(response.token_counts)
+        assert sum(response.token_counts) == len(response.token_ids)
+        offset = 0
+        for request_id, text, count in zip(
+            response.request_ids, response.texts, response.token_counts, strict=True
+        ):
+            answer = self.answers[request_id]
+            assert not answer.finish_reason, f"{request_id} went on after its end"
+            answer.token_ids += response.token_ids[offset : offset + count]
+            answer.text += text
+            offset += count
+        for end in response.ends:
+            if end.status:
+                assert end.request_id not in self.refused
+                self.refused[end.request_id] = to_refusal(status_pb2.Status.FromString(end.status))
+            else:
+                answer = self.answers[end.request_id]
+                assert not answer.finish_reason, f"{end.request_id} ended twice"
+                answer.finish_reason, answer.usage = end.finish_reason, end.usage
+        return True
+
+    def read_all(self) -> None:
+        while self.read():
+            pass
+
+    def read_until_ended(self, *request_ids: str) -> None:
+        while not all(self.answers[name].finish_reason or name in self.refused for name in request_ids):
+            assert self.read(), "the session ended first"
+
+
+@pytest.fixture
+def session(mesh: RunningMesh) -> Iterator[Session]:
+    with Session(mesh) as one:
+        yield one
+
+
+def test_deltas_equal_generates(mesh: RunningMesh, session: Session) -> None:
+    requests = [
+        make_request(make_prompt(5 + seed, seed), 12 + seed, request_id=f"s{seed}") for seed in range(8)
+    ]
+    session.send(*requests)
+    session.half_close()
+    session.read_all()
+    calls = [mesh.stub.Generate(request, timeout=CALL_TIMEOUT_S) for request in requests]
+    for request, call in zip(requests, calls, strict=True):
+        expected, answer = read_answer(call), session.answers[request.request_id]
+        assert answer.token_ids == expected.token_ids
+        assert answer.finish_reason == expected.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+        assert answer.usage == expected.usage
+    assert not session.refused
+
+
+def test_a_refused_request_gets_its_status_and_leaves_the_others(mesh: RunningMesh, session: Session) -> None:
+    good = make_request(make_prompt(6), 20, request_id="good")
+    expected = generate(mesh, make_prompt(6), 20).token_ids
+    session.send(make_request([], request_id="empty"), good, make_request(stop=["x"], request_id="stop"))
+    session.read_until_ended("good", "empty", "stop")
+    assert session.answers["good"].token_ids == expected
+    assert session.refused["empty"].code is grpc.StatusCode.INVALID_ARGUMENT
+    assert session.refused["empty"].reason == "EMPTY_PROMPT"
+    assert session.refused["empty"].metadata["request_id"] == "empty"
+    assert session.refused["stop"].code is grpc.StatusCode.UNIMPLEMENTED
+    session.send(make_request(make_prompt(6), 20, request_id="after"))
+    session.read_until_ended("after")
+    assert session.answers["after"].token_ids == expected
+
+
+def test_a_request_of_a_session_needs_an_id(session: Session) -> None:
+    """Its deltas could not be told apart otherwise."""
+    session.send(make_request(max_tokens=3))
+    while not session.refused:
+        assert session.read()
+    (refused,) = session.refused.values()
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.field == "request_id"
+
+
+def test_a_live_id_is_refused_and_the_request_that_has_it_goes_on(
+    mesh: RunningMesh, session: Session
+) -> None:
+    expected = generate(mesh, make_prompt(6), 30).token_ids
+    session.send(make_request(make_prompt(6), 30, request_id="twice"))
+    session.send(make_request(make_prompt(6), 5, request_id="twice"))
+    session.half_close()
+    session.read_all()
+    assert session.refused["twice"].reason == "DUPLICATE_REQUEST_ID"
+    assert session.answers["twice"].token_ids == expected
+
+
+def test_cancel_ends_one_without_a_further_delta(mesh: RunningMesh, session: Session) -> None:
+    session.send(
+        make_request(make_prompt(5), 1900, request_id="long"),
+        make_request(make_prompt(7), 10, request_id="short"),
+    )
+    while not session.answers["long"].token_ids:
+        session.read()
+    session.send(cancel=("long", "unknown"))
+    wait_for(lambda: mesh.status().num_running <= 1 or None, "the cancel")
+    session.read_until_ended("short")
+    session.half_close()
+    session.read_all()
+    assert not session.answers["long"].finish_reason
+    assert len(session.answers["long"].token_ids) < 1900
+    lane = mesh.wait_idle()
+    assert lane.num_free_blocks == lane.num_blocks
+
+
+def test_closing_the_stream_cancels_all_of_it(mesh: RunningMesh) -> None:
+    with Session(mesh) as session:
+        session.send(*(make_request(make_prompt(5, seed), 1900, request_id=f"c{seed}") for seed in range(3)))
+        while len(session.answers) < 3:
+            session.read()
+        session.call.cancel()
+    lane = mesh.wait_idle()
+    assert lane.num_free_blocks == lane.num_blocks
+    assert all(len(mesh.steps_of(f"c{seed}")) < 1900 for seed in range(3))
+
+
+def test_bytes_that_do_not_parse_end_the_session(mesh: RunningMesh) -> None:
+    with grpc.insecure_channel(mesh.listen) as channel:
+        call = channel.stream_stream("/stagemesh.v1.InferenceService/Session")(
+            iter([b"\xff\xff\xff"]), timeout=CALL_TIMEOUT_S
+        )
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "stagemesh.v1.SessionRequest" in raised.value.details()

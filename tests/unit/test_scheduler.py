@@ -1,0 +1,323 @@
+"""The scheduler's promises, one by one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from scheduled_lane import ScheduledLane, make_limits, make_request
+from scheduled_stage import END_TOKEN, expected_answer
+
+from stagemesh.router.scheduler import Finish, Request, Step
+from stagemesh.router.scheduler.step import encode
+from stagemesh.wire.columns import U32, unpack
+from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
+
+
+def names(step: Step | None) -> list[str]:
+    """Whose rows a step has."""
+    assert step is not None
+    return [sequence.request.request_id for sequence in step.sequences]
+
+
+def request_that_stops(at: int, max_tokens: int = 12) -> Request:
+    """One whose answer has its first end token as token `at` (from 0)."""
+    for attempt in range(5000):
+        request = make_request(f"stops{attempt}", 3 + attempt % 5, max_tokens, stops=True)
+        if len(expected_answer(request)) == at + 1 and expected_answer(request)[-1] == END_TOKEN:
+            return request
+    raise AssertionError("no such request")
+
+
+def test_a_request_alone() -> None:
+    lane = ScheduledLane(make_limits())
+    lane.submit(make_request("a", 5, 4))
+    lane.run_to_end()
+    lane.check_end()
+    assert [step.num_tokens for step in lane.steps] == [5, 1, 1, 1]
+
+
+def test_a_new_request_is_in_the_next_step_beside_those_that_decode() -> None:
+    lane = ScheduledLane(make_limits())
+    lane.submit(make_request("a", 5, 20))
+    lane.step()
+    lane.step()
+    lane.submit(make_request("b", 7))
+    lane.result()
+    assert names(lane.step()) == ["a", "b"]
+
+
+def test_a_step_without_changes_names_the_rows_of_an_earlier_one() -> None:
+    lane = ScheduledLane(make_limits(block_size=16))
+    for name in "abcd":
+        lane.submit(make_request(name, 3, 12))
+    sizes = []
+    while len(lane.finished) < 4:
+        if step := lane.step():
+            sizes.append(len(encode(step, 5).SerializeToString()))
+        else:
+            lane.result()
+    lane.run_to_end()
+    lane.check_end()
+    assert max(sizes[2:]) <= 8, "a step in which nothing changes carries its rows"
+
+
+def test_prompts_go_in_chunks_within_the_budget() -> None:
+    lane = ScheduledLane(make_limits(step_tokens=8))
+    lane.submit(make_request("a", 20, 3))
+    assert [lane.step().num_tokens, lane.step().num_tokens] == [8, 8]  # type: ignore[union-attr]
+    assert not any(step.sample.any() for step in lane.steps)
+    lane.result()
+    last = lane.step()
+    assert last is not None
+    assert (last.num_tokens, last.sample.tolist()) == (4, [True])
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_no_more_steps_than_depth_are_unanswered() -> None:
+    lane = ScheduledLane(make_limits(depth=3, lookahead=9, num_microbatches=1))
+    lane.submit(make_request("a", 5, 20))
+    assert [lane.step() is None for _ in range(5)] == [False] * 3 + [True] * 2
+    lane.result()
+    assert lane.step() is not None
+    assert lane.step() is None
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
+def test_lookahead_is_how_many_tokens_may_be_unseen(lookahead: int) -> None:
+    lane = ScheduledLane(make_limits(depth=9, lookahead=lookahead))
+    lane.submit(make_request("a", 5, 20))
+    while lane.step():
+        pass
+    assert len(lane.steps) == 1 + lookahead
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_lookahead_never_passes_max_tokens() -> None:
+    lane = ScheduledLane(make_limits(depth=9, lookahead=8))
+    lane.submit(make_request("a", 5, 3))
+    while lane.step():
+        pass
+    assert len(lane.steps) == 3
+    lane.run_to_end()
+    lane.check_end()
+    assert lane.num_ignored == 0
+
+
+def test_an_end_token_found_late_costs_ignored_rows_and_nothing_else() -> None:
+    lane = ScheduledLane(make_limits(depth=4, lookahead=3))
+    request = request_that_stops(at=2)
+    lane.submit(request)
+    lane.run_to_end()
+    lane.check_end()
+    assert lane.finished[request.request_id] is Finish.STOP
+    assert lane.answers[request.request_id][-1] == END_TOKEN
+    assert lane.num_ignored == 3
+
+
+def test_who_gets_the_slot_of_one_that_ended_late_gets_none_of_its_tokens() -> None:
+    """One slot; B takes it while steps of A are still unanswered."""
+    lane = ScheduledLane(make_limits(max_slots=1, depth=4, lookahead=3))
+    first = request_that_stops(at=1)
+    lane.submit(first)
+    lane.submit(make_request("b", 6, 5))
+    while first.request_id not in lane.finished:
+        if lane.step() is None:
+            lane.result()
+    assert lane.in_flight, "nothing of the first was in flight: this shows nothing"
+    step = lane.step()
+    assert names(step) == ["b"]
+    assert step is not None
+    assert step.slots.tolist() == [0]
+    assert unpack(encode(step, 5).release_slots, U32, "release").tolist() == [0]
+    lane.run_to_end()
+    lane.check_end()
+    assert lane.num_ignored > 0
+    assert lane.answers["b"] == expected_answer(lane.requests["b"])
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
+def test_abort_frees_at_once_and_the_next_step_says_so(num_steps: int) -> None:
+    """Waiting, in its prompt, or decoding."""
+    lane = ScheduledLane(make_limits(step_tokens=8, depth=4))
+    lane.submit(make_request("a", 14, 20))
+    for _ in range(num_steps):
+        lane.step()
+    lane.abort("a")
+    assert lane.scheduler.pool.num_free == lane.limits.num_blocks
+    assert lane.scheduler.num_running == lane.scheduler.num_waiting == 0
+    assert lane.scheduler.abort("a") is None
+    lane.submit(make_request("b", 3, 2))
+    step = lane.step()
+    assert names(step) == ["b"]
+    assert step is not None
+    assert step.changes.released == ([0] if num_steps else [])
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_an_aborted_id_can_be_used_again_while_its_old_steps_are_in_flight() -> None:
+    lane = ScheduledLane(make_limits(depth=4))
+    lane.scheduler.submit(make_request("a", 5, 20))
+    step = lane.scheduler.next_step()
+    assert step is not None
+    tokens = lane.stage.run(encode(step, 5))
+    lane.scheduler.abort("a")
+    lane.scheduler.submit(make_request("a", 9, 3))
+    assert lane.scheduler.take_result(step.number, tokens) == []
+
+
+def test_first_come_first_served() -> None:
+    lane = ScheduledLane(make_limits(max_slots=1))
+    for name in "abc":
+        lane.submit(make_request(name, 3, 2))
+    lane.run_to_end()
+    assert list(lane.finished) == ["a", "b", "c"]
+
+
+def test_higher_priority_goes_first() -> None:
+    lane = ScheduledLane(make_limits(max_slots=1))
+    for name, priority in (("a", 0), ("low", -1), ("b", 0), ("high", 5), ("c", 0)):
+        lane.submit(make_request(name, 3, 2, priority=priority))
+    lane.run_to_end()
+    lane.check_end()
+    assert list(lane.finished) == ["high", "a", "b", "c", "low"]
+
+
+def test_out_of_blocks_the_youngest_yields_and_loses_nothing() -> None:
+    """Two that need 6 of 8 blocks each."""
+    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=8))
+    lane.submit(make_request("old", 8, 16))
+    lane.submit(make_request("young", 8, 16))
+    lane.run_to_end()
+    lane.check_end()
+    assert lane.scheduler.num_preemptions > 0
+    assert list(lane.finished) == ["old", "young"]
+
+
+def test_out_of_blocks_the_lower_priority_yields() -> None:
+    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=8))
+    lane.submit(make_request("old", 8, 16))
+    lane.submit(make_request("young", 8, 16, priority=1))
+    lane.run_to_end()
+    lane.check_end()
+    assert lane.scheduler.num_preemptions > 0
+    assert list(lane.finished) == ["young", "old"]
+
+
+def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
+    lane = ScheduledLane(make_limits(step_tokens=4, depth=1))
+    lane.submit(make_request("a", 3, 12))
+    lane.step()
+    lane.result()
+    lane.submit(make_request("long", 60, 2))
+    for _ in range(8):
+        assert "a" in names(lane.step())
+        lane.result()
+    assert "long" in names(lane.steps[-1])
+
+
+def test_everybody_gets_on_while_new_ones_keep_coming() -> None:
+    """The first comer is not overtaken for ever by a stream of later ones."""
+    lane = ScheduledLane(make_limits(num_blocks=24, max_blocks=24, max_slots=4, step_tokens=6))
+    lane.submit(make_request("first", 20, 20))
+    for turn in range(300):
+        if turn % 3 == 0:
+            lane.submit(make_request(f"later{turn}", 3, 4))
+        if lane.step() is None:
+            lane.result()
+        if "first" in lane.finished:
+            break
+    assert "first" in lane.finished
+    lane.run_to_end()
+    lane.check_end()
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 3, 4])
+def test_microbatches_share_the_decodes(num_microbatches: int) -> None:
+    """Once all decode, no step has more than its share, and nobody is left out for a round."""
+    lane = ScheduledLane(
+        make_limits(num_microbatches=num_microbatches, depth=num_microbatches, step_tokens=64)
+    )
+    for index in range(8):
+        lane.submit(make_request(f"r{index}", 3, 16))
+    share = -(-8 // num_microbatches)
+    for _ in range(12):
+        if lane.step() is None:
+            lane.result()
+    settled = len(lane.steps)
+    while not lane.finished:
+        if lane.step() is None:
+            lane.result()
+    rounds = lane.steps[settled : settled + 2 * num_microbatches]
+    assert all(len(step.slots) <= share for step in rounds)
+    counts = [sum(f"r{index}" in names(step) for step in rounds) for index in range(8)]
+    assert max(counts) - min(counts) <= 1
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_refusals_change_nothing() -> None:
+    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=8, max_waiting=2))
+    with pytest.raises(InvalidArgumentError) as above:
+        lane.scheduler.submit(make_request("big", 20, 14))
+    assert (above.value.reason, above.value.field) == ("ABOVE_KV_CAPACITY", "max_tokens")
+    lane.submit(make_request("fits", 20, 13))
+    with pytest.raises(InvalidArgumentError) as twice:
+        lane.scheduler.submit(make_request("fits", 3, 3))
+    assert twice.value.reason == "DUPLICATE_REQUEST_ID"
+    lane.submit(make_request("b"))
+    with pytest.raises(ResourceExhaustedError) as full:
+        lane.scheduler.submit(make_request("c"))
+    assert full.value.reason == "QUEUE_FULL"
+    assert full.value.retry_after_s
+    assert (lane.scheduler.num_waiting, lane.scheduler.num_running) == (2, 0)
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_a_result_that_does_not_fit_its_step_is_refused() -> None:
+    lane = ScheduledLane(make_limits())
+    lane.submit(make_request("a", 5, 4))
+    lane.step()
+    step, tokens = lane.in_flight[0]
+    for number, wrong in ((step.number + 1, tokens), (step.number, tokens[:0])):
+        with pytest.raises(InvalidArgumentError) as refused:
+            lane.scheduler.take_result(number, wrong)
+        assert refused.value.reason == "BAD_RESULT"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_many_at_once_under_pressure(seed: int) -> None:
+    """As the random machine, but with more at once and results that lag behind."""
+    generator = random.Random(seed)
+    blocks = generator.choice([12, 20, 60])
+    microbatches = generator.choice([1, 2, 4])
+    lookahead = generator.choice([0, 1, 2])
+    lane = ScheduledLane(
+        make_limits(
+            num_blocks=blocks,
+            max_blocks=blocks,
+            max_slots=generator.choice([2, 8]),
+            step_tokens=generator.choice([3, 8, 64]),
+            num_microbatches=microbatches,
+            depth=microbatches + (lookahead > 0),
+            lookahead=lookahead,
+        )
+    )
+    pending = [
+        make_request(f"r{index}", generator.randint(1, 20), generator.randint(1, 20), stops=index % 2 == 0)
+        for index in range(40)
+    ]
+    for _ in range(20_000):
+        if len(lane.finished) == 40 and not lane.in_flight:
+            break
+        if pending and generator.random() < 0.3:
+            lane.submit(pending.pop())
+        if generator.random() < 0.6:
+            lane.step()
+        elif lane.in_flight:
+            lane.result()
+    lane.check_end()
