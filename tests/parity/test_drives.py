@@ -84,7 +84,7 @@ def test_late_results_and_any_order_of_arrival(
     held_results: int, mesh_of: MeshOf, references: dict[str, Reference]
 ) -> None:
     drive = Drive(lookahead=2, depth=5, held_results=held_results, step_tokens=48, seed=held_results)
-    check_run(references["untied"], mesh_of("untied", 1, 2, 1).run(sixteen_requests(VOCAB_SIZE), drive))
+    check_run(references["untied"], mesh_of("untied", 1, 2, 1).run(sixteen_requests(VOCAB_SIZE)[::2], drive))
 
 
 def test_permuted_block_tables_give_equal_tokens(mesh_of: MeshOf, references: dict[str, Reference]) -> None:

@@ -25,7 +25,7 @@ def test_sixteen_requests_at_once(
 
 
 @pytest.mark.parametrize("shape", ["tied", "llama3"])
-@pytest.mark.parametrize("tps", [(1,), (2,), (1, 2, 1), (3, 2)], ids=lambda tps: "x".join(map(str, tps)))
+@pytest.mark.parametrize("tps", [(2,), (1, 3)], ids=lambda tps: "x".join(map(str, tps)))
 def test_other_models(
     shape: str, tps: tuple[int, ...], mesh_of: MeshOf, references: dict[str, Reference]
 ) -> None:
