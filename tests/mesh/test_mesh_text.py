@@ -1,4 +1,4 @@
-"""Text and chat on a real model: SmolLM2, two stages."""
+"""Text and chat on a real model: SmolLM2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stagemesh.v1 import inference_pb2
 @pytest.fixture(scope="module")
 def demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
     flags = ("--kv-memory", "256MiB")
-    mesh = RunningMesh(tmp_path_factory.mktemp("demo"), demo_model, (1, 2), stage_flags=flags)
+    mesh = RunningMesh(tmp_path_factory.mktemp("demo"), demo_model, (1,), stage_flags=flags)
     try:
         mesh.wait_ready()
         yield mesh
@@ -49,14 +49,14 @@ def test_a_session_gives_the_same_text(demo: RunningMesh) -> None:
     prompts = {
         f"t{index}": text for index, text in enumerate(("Zürich is", "List three colours:", "2 + 2 ="))
     }
-    starts = [make_request(None, 16, text=text, request_id=name) for name, text in prompts.items()]
+    starts = [make_request(None, 8, text=text, request_id=name) for name, text in prompts.items()]
     texts = dict.fromkeys(prompts, "")
     requests = iter([inference_pb2.SessionRequest(start=starts)])
     for response in demo.stub.Session(requests, timeout=CALL_TIMEOUT_S):
         for name, text in zip(response.request_ids, response.texts, strict=True):
             texts[name] += text
     for name, prompt in prompts.items():
-        call = demo.stub.Generate(make_request(None, 16, text=prompt), timeout=CALL_TIMEOUT_S)
+        call = demo.stub.Generate(make_request(None, 8, text=prompt), timeout=CALL_TIMEOUT_S)
         assert texts[name] == read_answer(call).text != ""
 
 

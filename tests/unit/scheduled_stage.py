@@ -89,10 +89,15 @@ class ScheduledStage:
     def _change(self, step: stage_pb2.Step) -> None:
         for index in unpack(step.release_slots, U32, "release_slots").tolist():
             self._live.pop(index, None)
-        for index in unpack(step.admissions.slots, U32, "slots").tolist():
+        admissions = step.admissions
+        for index, position in zip(
+            unpack(admissions.slots, U32, "slots").tolist(),
+            unpack(admissions.positions, U32, "positions").tolist(),
+            strict=True,
+        ):
             assert index < self._limits.max_slots
             assert index not in self._live, f"slot {index} was given away while it is held"
-            self._live[index] = _Slot()
+            self._live[index] = _Slot(position)
         held = {block for slot in self._live.values() for block in slot.blocks}
         for index, block in zip(
             unpack(step.append_slots, U32, "append_slots").tolist(),
@@ -100,9 +105,12 @@ class ScheduledStage:
             strict=True,
         ):
             assert block < self._limits.num_blocks
-            assert block not in held, f"block {block} has two owners"
+            slot = self._live[index]
+            # Only a block that a slot will not write, as its position is past it, may have other owners.
+            shared = (len(slot.blocks) + 1) * self._limits.block_size <= slot.position
+            assert shared or block not in held, f"block {block} has two owners"
             held.add(block)
-            self._live[index].blocks.append(block)
+            slot.blocks.append(block)
 
     def _rows(self, step: stage_pb2.Step) -> tuple[list[int], list[int], list[int], list[int], list[bool]]:
         if step.WhichOneof("work") == "same_rows_as":

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from stagemesh.router.scheduler.blocks import BlockPool
 
+BLOCK_SIZE = 4
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["take", "next", "give"]), st.integers(0, 100)), max_size=60)
 
 
 @given(num_blocks=st.integers(1, 40), operations=OPERATIONS)
 def test_no_block_is_owned_twice_or_lost(num_blocks: int, operations: list[tuple[str, int]]) -> None:
-    pool = BlockPool(num_blocks)
+    pool = BlockPool(num_blocks, BLOCK_SIZE)
     owners: list[tuple[int, int, list[int]]] = []
     for what, number in operations:
         if what == "give" and owners:
@@ -45,7 +46,7 @@ def test_no_block_is_owned_twice_or_lost(num_blocks: int, operations: list[tuple
 
 
 def test_an_owner_that_grows_gets_the_run_it_claimed() -> None:
-    pool = BlockPool(12)
+    pool = BlockPool(12, BLOCK_SIZE)
     one, other = pool.claim(5), pool.claim(5)
     first, second = pool.take(2, one).tolist(), pool.take(2, other).tolist()
     for _ in range(3):
@@ -57,7 +58,7 @@ def test_an_owner_that_grows_gets_the_run_it_claimed() -> None:
 
 
 def test_claims_give_way_when_nothing_else_is_free() -> None:
-    pool = BlockPool(4)
+    pool = BlockPool(4, BLOCK_SIZE)
     assert pool.claim(4) == 0
     assert pool.claim(1) == -1
     assert sorted(pool.take(4).tolist()) == [0, 1, 2, 3]
@@ -65,7 +66,7 @@ def test_claims_give_way_when_nothing_else_is_free() -> None:
 
 
 def test_giving_back_what_is_free_is_a_bug() -> None:
-    pool = BlockPool(4)
+    pool = BlockPool(4, BLOCK_SIZE)
     blocks = pool.take(2)
     pool.give_back(blocks)
     with pytest.raises(AssertionError):

@@ -72,10 +72,9 @@ def test_the_payload_is_not_copied() -> None:
 def test_any_bytes_are_a_frame_or_refused(data: bytes) -> None:
     try:
         part = frame.decode(data)
-    except InvalidArgumentError as error:
-        assert error.reason in {"UNPARSABLE", "BAD_FRAME"}
-    else:
-        assert part.offset + len(part.data) <= part.total_bytes
+    except InvalidArgumentError:
+        return
+    assert part.offset + len(part.data) <= part.total_bytes
 
 
 @given(st.binary(min_size=1, max_size=100), st.data())

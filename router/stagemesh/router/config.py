@@ -80,6 +80,7 @@ class RouterConfig(_Settings):
     lookahead: int = Field(
         default=1, ge=0, description="Sampled tokens of a sequence the router may not have seen yet."
     )
+    prefix_cache: bool = Field(default=True, description="Share the KV blocks of equal prompt beginnings.")
     max_in_flight: int = Field(
         default=0, ge=0, description="Microbatches in flight; 0: chosen from the stages."
     )

@@ -33,6 +33,10 @@ def run(config: RouterConfig) -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     check_listen(config.admin, insecure=config.insecure, key="--admin")
     for address in config.stages:
@@ -40,7 +44,6 @@ async def _serve(config: RouterConfig) -> None:
     model = load_served_model(config)
     public, admin = make_server(), make_server()
     health, admin_health = add_health(public), add_health(admin)
-    loop = asyncio.get_running_loop()
 
     def on_ready(ready: bool) -> None:
         status = HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
@@ -62,9 +65,6 @@ async def _serve(config: RouterConfig) -> None:
     await public.start()
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
     lane = asyncio.create_task(requests.lane.run())
     waiter = asyncio.create_task(stopped.wait())
     try:

@@ -32,6 +32,10 @@ def run(config: StageConfig) -> None:
 
 
 async def _serve(config: StageConfig, name: str) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
     server = make_server()
@@ -44,10 +48,6 @@ async def _serve(config: StageConfig, name: str) -> None:
     address = bind(server, config.listen, key="--listen")
     await server.start()
     log.info("listening on %s", address)
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
     supervisor = asyncio.create_task(leader.supervise())
     waiter = asyncio.create_task(stopped.wait())
     try:

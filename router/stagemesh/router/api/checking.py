@@ -14,6 +14,8 @@ from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError, UnimplementedError
 
 MAX_REQUEST_ID = 128
+MIN_TEMPERATURE = 1e-5
+"""Below it sampling is greedy: dividing by less would overflow, and chooses the same token."""
 NOT_BUILT = (
     "stop",
     "logprobs",
@@ -130,6 +132,8 @@ def _sampling(message: inference_pb2.GenerateRequest, model: ServedModel) -> Sam
         raise _bad("temperature", f"is {temperature:g}; expected 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise _bad("top_p", f"is {top_p:g}; expected above 0 and at most 1")
+    if temperature < MIN_TEMPERATURE:
+        temperature = 0.0
     seed = message.seed if message.HasField("seed") else secrets.randbits(64)
     return Sampling(temperature=temperature, top_k=min(top_k, model.vocab_size), top_p=top_p, seed=seed)
 

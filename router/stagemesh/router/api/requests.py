@@ -14,6 +14,7 @@ from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
 from stagemesh.router.scheduler import Delta, Request
+from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import StagemeshError, UnavailableError
 
@@ -110,10 +111,11 @@ class Requests:
             self.num_finished += 1
             self._end(stream)
 
-    def _take_admitted(self, request: Request) -> None:
-        stream = self._live.get(request.request_id)
+    def _take_admitted(self, sequence: Sequence) -> None:
+        stream = self._live.get(sequence.request.request_id)
         if stream and not stream.times.admitted:
             stream.times.admitted = time.monotonic()
+            stream.num_cached = sequence.num_cached
 
     def _take_lost(self, request: Request, error: StagemeshError) -> None:
         stream = self._live.get(request.request_id)

@@ -42,6 +42,8 @@ class RequestStream:
         self.request = request
         self.times = StreamTimes(time.monotonic())
         self.num_tokens = 0
+        self.num_cached = 0
+        """Prompt tokens found in the prefix cache."""
         self.finish: Finish | None = None
         self.error: StagemeshError | None = None
         self.on_change: Callable[[RequestStream], None] | None = None
@@ -58,7 +60,11 @@ class RequestStream:
     @property
     def usage(self) -> inference_pb2.Usage:
         """Tokens so far."""
-        return inference_pb2.Usage(prompt_tokens=len(self.request.prompt), completion_tokens=self.num_tokens)
+        return inference_pb2.Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.num_tokens,
+            cached_tokens=self.num_cached,
+        )
 
     def push(self, delta: Delta) -> None:
         """New tokens, or the end."""

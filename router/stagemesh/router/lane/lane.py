@@ -15,10 +15,17 @@ from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.forming import open_links, open_stages
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.scheduler import Delta, Limits, Request, Scheduler, Step
+from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import encode
 from stagemesh.v1 import admin_pb2, stage_pb2
 from stagemesh.wire.columns import U32, unpack
-from stagemesh.wire.errors import ChainError, StageLostError, StagemeshError, UnavailableError
+from stagemesh.wire.errors import (
+    ChainError,
+    InvalidArgumentError,
+    StageLostError,
+    StagemeshError,
+    UnavailableError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ class LaneEvents:
     """What a lane tells its owner, in its event loop."""
 
     on_delta: Callable[[Delta], None]
-    on_admitted: Callable[[Request], None]
+    on_admitted: Callable[[Sequence], None]
     """The request's first step has been sent."""
     on_lost: Callable[[Request, StagemeshError], None]
     """The request's stream ends with that error."""
@@ -198,6 +205,7 @@ class Lane:
             # One step beyond the microbatches keeps the first stage's queue filled while results travel.
             depth=microbatches + (1 if self._config.lookahead else 0),
             lookahead=self._config.lookahead,
+            prefix_cache=self._config.prefix_cache,
         )
 
     async def _serve(self) -> StageLostError:
@@ -235,9 +243,11 @@ class Lane:
     async def _close_streams(self) -> None:
         await asyncio.gather(*(stage.close_stream() for stage in self.stages))
 
-    def _lose(self, error: StageLostError) -> None:
+    def _lose(self, stage: StageLink, how: str, blamed: str) -> None:
+        """A stage's stream ended. If a link broke, the stage at its other end is the one that was lost."""
         if self._lost and not self._lost.done():
-            self._lost.set_result(error)
+            culprit = next((other for other in self.stages if other.address == blamed), stage)
+            self._lost.set_result(culprit.lost(how if culprit is stage else f"{stage.name} says: {how}"))
 
     def _wait_for(self, reason: str) -> None:
         self.state, self.reason = FORMING, reason
@@ -268,25 +278,30 @@ class Lane:
             self._sent_at[step.number] = time.monotonic()
             self.num_steps += 1
             for sequence in step.changes.admitted:
-                self._events.on_admitted(sequence.request)
+                self._events.on_admitted(sequence)
             if self._step_log:
                 self._log_step(step, len(request))
 
     def _take_response(self, stage: StageLink, response: stage_pb2.ExecuteResponse) -> None:
-        if response.HasField("report") and response.report.epoch == self.epoch:
-            stage.timings.add(response.report)
-            stage.report = response.report
-        for result in response.results:
-            if self.scheduler is None or result.epoch != self.epoch:
-                continue
-            self._sent_at.pop(result.number, None)
-            tokens = unpack(result.token_ids, U32, "token_ids")
-            if self._step_log:
-                self._log_result(result)
-            for delta in self.scheduler.take_result(result.number, tokens):
-                self._events.on_delta(delta)
+        try:
+            if response.HasField("report") and response.report.epoch == self.epoch:
+                stage.timings.add(response.report)
+                stage.report = response.report
+            for result in response.results:
+                if self.scheduler and result.epoch == self.epoch:
+                    self._take_result(self.scheduler, result)
+        except InvalidArgumentError as error:
+            # A stage that breaks the contract cannot be followed any further.
+            self._lose(stage, f"it answered what nobody asked: {error}", "")
         if response.results:
             self._pump_soon()
+
+    def _take_result(self, scheduler: Scheduler, result: stage_pb2.StepResult) -> None:
+        self._sent_at.pop(result.number, None)
+        if self._step_log:
+            self._log_result(result)
+        for delta in scheduler.take_result(result.number, unpack(result.token_ids, U32, "token_ids")):
+            self._events.on_delta(delta)
 
     def _log_step(self, step: Step, num_bytes: int) -> None:
         assert self._step_log is not None

@@ -24,7 +24,8 @@ DESCRIBE_TIMEOUT_S = 3.0
 EPOCH_KEY = "stagemesh-epoch"
 
 OnResponse = Callable[["StageLink", stage_pb2.ExecuteResponse], None]
-OnLost = Callable[[StageLostError], None]
+OnLost = Callable[["StageLink", str, str], None]
+"""The stage whose stream ended, how, and the address of the neighbour it blames, if it does."""
 
 
 class StageLink:
@@ -141,8 +142,8 @@ class StageLink:
         except grpc.aio.AioRpcError as error:
             status = from_rpc_error(error)
         self.detail = status.message
-        if isinstance(status, StageLostError | UnavailableError) or not status.message:
-            on_lost(self.lost(status.message or "its stream ended"))
-        else:
+        how = status.message or "its stream ended"
+        if not isinstance(status, StageLostError | UnavailableError) and status.message:
             log.error("%s ended the lane: %s", self.name, status)
-            on_lost(self.lost(f"{status.code.name}: {status.message}"))
+            how = f"{status.code.name}: {status.message}"
+        on_lost(self, how, status.stage)

@@ -1,35 +1,50 @@
-"""The free list of a lane's KV blocks.
+"""The KV blocks of a lane: which are free, which are owned, and by how many.
 
 Blocks are handed out in runs where there is one: a CPU stage reads a sequence whose blocks are
 consecutive in place instead of gathering it. So a new owner claims the run it may come to need. A claim
 keeps other newcomers away and nothing more: when nothing unclaimed is free, claimed blocks are taken.
+
+A block whose prefix is published keeps what it holds when its last owner leaves, until the room is needed:
+then the one that was left longest ago goes first.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import numpy.typing as npt
+
+from stagemesh.router.scheduler.prefix_index import PrefixIndex, Tokens
 
 Blocks = npt.NDArray[np.int64]
 
 
 class BlockPool:
-    """Which of `num_blocks` blocks are free. A block has one owner or none."""
+    """Which of `num_blocks` blocks are free; a block has owners or is free, or kept for its prefix.
 
-    def __init__(self, num_blocks: int) -> None:
+    Args:
+        num_blocks: Of the lane.
+        block_size: Tokens of a block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         # The sentinel at the end is never free: "the block after the last" needs no special case.
         self._free = np.ones(num_blocks + 1, np.bool_)
         self._free[num_blocks] = False
         self._claimed = np.zeros(num_blocks, np.bool_)
         self._num_free = num_blocks
+        self._owners = np.zeros(num_blocks, np.int64)
+        self._index = PrefixIndex(block_size)
+        self._kept: OrderedDict[int, None] = OrderedDict()
         # Every free block is on the stack; one that was taken out of turn is dropped when it comes up.
         self._stack = list(range(num_blocks))
         self._on_stack = np.ones(num_blocks, np.bool_)
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody owns."""
-        return self._num_free
+        """Blocks nobody owns, those kept for their prefix included."""
+        return self._num_free + len(self._kept)
 
     @property
     def num_blocks(self) -> int:
@@ -62,12 +77,13 @@ class BlockPool:
             count: At most `num_free`.
             first: Where they should begin, if all of that run is free; -1 for anywhere.
         """
-        assert count <= self._num_free
+        self._make_room(count)
         if first >= 0 and first + count < len(self._free) and self._free[first : first + count].all():
             blocks = np.arange(first, first + count)
         else:
             blocks = np.array([self._pop() for _ in range(count)], np.int64)
         self._free[blocks] = False
+        self._owners[blocks] = 1
         self._num_free -= count
         return blocks
 
@@ -77,22 +93,54 @@ class BlockPool:
         Args:
             last: Distinct blocks, at most `num_free`.
         """
-        assert len(last) <= self._num_free
+        self._make_room(len(last))
         blocks = last + 1
         follows = self._free[blocks]
         self._free[blocks[follows]] = False
         blocks[~follows] = [self._pop() for _ in range(len(last) - int(np.count_nonzero(follows)))]
+        self._owners[blocks] = 1
         self._num_free -= len(last)
         return blocks
 
+    def match(self, tokens: Tokens) -> tuple[list[int], list[bytes]]:
+        """Blocks that hold the longest known prefix of `tokens`, and their keys."""
+        return self._index.match(tokens)
+
+    def share(self, blocks: Blocks) -> None:
+        """One more owner for blocks that `match` gave."""
+        for block in blocks[self._owners[blocks] == 0].tolist():
+            del self._kept[block]
+        self._owners[blocks] += 1
+
+    def publish(self, key: bytes, block: int) -> None:
+        """An owned block now holds a prefix that steps made from now on may share."""
+        self._index.publish(key, block)
+
     def give_back(self, blocks: Blocks) -> None:
         """The owner is done with them. Steps in flight may still write them: a later owner's come after."""
-        assert not self._free[blocks].any()
+        assert (self._owners[blocks] > 0).all()
+        self._owners[blocks] -= 1
+        left = blocks[self._owners[blocks] == 0].tolist()
+        kept = [block for block in left if block in self._index]
+        # The end of a prefix is worth less than its beginning, so it is the first to go.
+        self._kept.update(dict.fromkeys(reversed(kept)))
+        self._set_free([block for block in left if block not in self._index] if kept else left)
+
+    def _make_room(self, count: int) -> None:
+        assert count <= self.num_free
+        evicted: list[int] = []
+        while self._num_free + len(evicted) < count:
+            block, _ = self._kept.popitem(last=False)
+            self._index.forget(block)
+            evicted.append(block)
+        self._set_free(evicted)
+
+    def _set_free(self, blocks: list[int]) -> None:
         self._free[blocks] = True
         self._num_free += len(blocks)
-        fresh = blocks[~self._on_stack[blocks]]
+        fresh = [block for block in blocks if not self._on_stack[block]]
         self._on_stack[fresh] = True
-        self._stack += fresh.tolist()
+        self._stack += fresh
 
     def _pop(self) -> int:
         passed_over: list[int] = []

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagemesh.router.scheduler.blocks import BlockPool
+from stagemesh.router.scheduler.prefix_index import block_key
 from stagemesh.router.scheduler.request import Delta, Finish, Request
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import Changes, Step
@@ -27,6 +28,9 @@ from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
 
 ROWS_KEPT = 256
 """Steps back that a step may repeat the rows of; the stages keep more."""
+
+PREFILL_PART = 8
+"""One in so many positions of a step is kept for prefill that waits."""
 
 Int64 = npt.NDArray[np.int64]
 
@@ -48,6 +52,8 @@ class Limits:
     """Parts the running decodes are dealt into."""
     depth: int
     """Unanswered steps at most (D)."""
+    prefix_cache: bool = True
+    """Share KV blocks of equal prefixes."""
     lookahead: int
     """Sampled tokens of a sequence that may be unseen when its next step is made."""
 
@@ -57,7 +63,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks)
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self._waiting: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -80,6 +86,8 @@ class Scheduler:
         self._steps_in_flight = np.zeros(count, np.int64)
         self._last_step = np.zeros(count, np.int64)
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
 
     # Events
 
@@ -139,6 +147,8 @@ class Scheduler:
         for sequence, token in zip(sequences, token_ids.tolist(), strict=True):
             if sequence.finish is None:
                 sequence.token_ids.append(token)
+                if self.limits.prefix_cache:
+                    self._publish_generated(sequence)
                 deltas.append(Delta(sequence.request, [token], self._finish_of(sequence, token)))
         for delta in deltas:
             if delta.finish:
@@ -156,6 +166,9 @@ class Scheduler:
         yielded = self.num_preemptions
         decodes = self._pick_decodes()
         prefills = self._pick_prefills(self.limits.step_tokens - len(decodes))
+        # To find blocks for one, another that was already picked may have been asked to yield.
+        decodes = decodes[self._decoding[decodes]]
+        prefills = [(one, count) for one, count in prefills if one.slot >= 0 and one not in self._yielding]
         if not len(decodes) and not prefills:
             # Whoever was picked has just yielded: what it gave up makes work for others.
             return self.next_step() if self.num_preemptions > yielded else None
@@ -199,7 +212,11 @@ class Scheduler:
             self._decoding & (self._unseen <= self.limits.lookahead) & (self._position < self._end_position)
         )
         share = -(-int(np.count_nonzero(self._decoding)) // self.limits.num_microbatches)
-        share = min(share, self.limits.step_tokens)
+        # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
+        prefill_waits = self._prefilling or (self._waiting and self._free_slots)
+        share = min(
+            share, self.limits.step_tokens - (self.limits.step_tokens // PREFILL_PART if prefill_waits else 0)
+        )
         if len(ready) > share:
             longest_waiting = np.argsort(self._last_step[ready], kind="stable")[:share]
             ready = np.sort(ready[longest_waiting])
@@ -283,23 +300,48 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         slot = self._free_slots.pop()
         sequence.slot = slot
-        sequence.first_position = 0
         self._by_slot[slot] = sequence
         self._decoding[slot] = False
-        self._position[slot] = 0
         self._end_position[slot] = sequence.request.num_positions
         self._num_blocks[slot] = 0
-        sequence.claim = self.pool.claim(self._claim_room(sequence))
         self._unseen[slot] = 0
         self._steps_in_flight[slot] = 0
         self._last_step[slot] = 0
+        self._share_prefix(sequence)
+        self._position[slot] = sequence.first_position
+        sequence.claim = self.pool.claim(self._claim_room(sequence))
         self._prefilling.append(sequence)
         self._changes.admitted.append(sequence)
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        """Give it the blocks that already hold the beginning of what it would compute."""
+        blocks, sequence.keys = self.pool.match(sequence.to_prefill) if self.limits.prefix_cache else ([], [])
+        sequence.first_position = len(blocks) * self.limits.block_size
+        if blocks:
+            shared = np.array(blocks, np.int64)
+            self.pool.share(shared)
+            self._tables[sequence.slot, : len(blocks)] = shared
+            self._num_blocks[sequence.slot] = len(blocks)
+            self._changes.appended.append((np.full(len(blocks), sequence.slot), shared))
+        if not sequence.num_preemptions:
+            sequence.num_cached = sequence.first_position
+            self.num_prompt_tokens += len(sequence.to_prefill)
+            self.num_cached_tokens += sequence.first_position
+
+    def _publish(self, sequence: Sequence, known: npt.NDArray[np.uint32], num_computed: int) -> None:
+        """Make its full blocks known: those whose tokens are `known` and computed by steps already made."""
+        size = self.limits.block_size
+        table = self._tables[sequence.slot]
+        for index in range(len(sequence.keys), min(num_computed, len(known)) // size):
+            parent = sequence.keys[-1] if index else b""
+            sequence.keys.append(block_key(parent, known[index * size : (index + 1) * size]))
+            self.pool.publish(sequence.keys[-1], int(table[index]))
 
     def _append(self, sequence: Sequence, count: int) -> None:
         slot = sequence.slot
         have = int(self._num_blocks[slot])
-        first = int(self._tables[slot, have - 1]) + 1 if have else sequence.claim
+        owned = have - sequence.first_position // self.limits.block_size
+        first = int(self._tables[slot, have - 1]) + 1 if owned else sequence.claim
         blocks = self.pool.take(count, first)
         self._tables[slot, have : have + count] = blocks
         self._num_blocks[slot] = have + count
@@ -358,9 +400,20 @@ class Scheduler:
         for sequence in step.sequences[step.num_decodes :]:
             sequence.prefill_steps.append(step.number)
         if step.tokens:
+            if self.limits.prefix_cache:
+                for sequence in step.sequences[step.num_decodes :]:
+                    self._publish(sequence, sequence.to_prefill, int(self._position[sequence.slot]))
             self._prefilling = [
                 sequence for sequence in self._prefilling if not self._decoding[sequence.slot]
             ]
+
+    def _publish_generated(self, sequence: Sequence) -> None:
+        """Once a block of generated tokens has come back whole."""
+        length = len(sequence.request.prompt) + len(sequence.token_ids)
+        if length % self.limits.block_size == 0 and sequence.slot >= 0:
+            generated = np.array(sequence.token_ids, np.uint32)
+            known = np.concatenate((sequence.request.prompt, generated))
+            self._publish(sequence, known, int(self._position[sequence.slot]))
 
     def _finish_of(self, sequence: Sequence, token: int) -> Finish | None:
         """Whether that token, its newest, ends it."""

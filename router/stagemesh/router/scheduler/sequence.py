@@ -20,7 +20,11 @@ class Sequence:
     slot: int = -1
     """-1 while it waits."""
     first_position: int = 0
-    """Where computing starts after admission."""
+    """Where computing starts after admission: above 0 after a prefix-cache hit."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its leading blocks that are published or shared."""
+    num_cached: int = 0
+    """Prompt tokens it did not have to compute when it was first admitted."""
     token_ids: list[int] = field(default_factory=list)
     """Generated and seen by the router."""
     claim: int = -1

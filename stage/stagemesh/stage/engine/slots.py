@@ -111,7 +111,7 @@ class SlotTable:
         self.sampled_by[slots] = 0
 
     def _append_blocks(self, step: stage_pb2.Step) -> None:
-        if not step.append_slots:
+        if not step.append_slots and not step.append_blocks:
             return
         slots = self._slots(step.append_slots, "append_slots")
         blocks = unpack(step.append_blocks, U32, "append_blocks", len(slots))

@@ -1,0 +1,48 @@
+"""Which stage a lane names when it breaks: two ends of a link see it, and either may tell first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from stagemesh.router.config import RouterConfig
+from stagemesh.router.lane.lane import Lane, LaneEvents
+
+ADDRESSES = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+
+
+def ignore(*_: object) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+async def lane() -> AsyncIterator[Lane]:
+    """One that serves, as far as its losses go."""
+    events = LaneEvents(on_delta=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore)
+    one = Lane(RouterConfig(model="m", stages=ADDRESSES), "f" * 64, 128, events)
+    one._lost = asyncio.get_running_loop().create_future()
+    yield one
+    for stage in one.stages:
+        await stage.aclose()
+
+
+@pytest.mark.parametrize(
+    ("blamed", "culprit"),
+    [("", 0), ("stage 0", 0), (ADDRESSES[1], 1), (ADDRESSES[2], 2), ("127.0.0.1:99", 0)],
+)
+async def test_a_stage_whose_link_broke_blames_the_other_end(lane: Lane, blamed: str, culprit: int) -> None:
+    lane._lose(lane.stages[0], "the link broke", blamed)
+    assert lane._lost
+    error = lane._lost.result()
+    assert error.stage == lane.stages[culprit].name
+    assert "the link broke" in error.message
+    assert ("stage 0 (127.0.0.1:1) says" in error.message) == (culprit != 0)
+
+
+async def test_who_tells_first_counts(lane: Lane) -> None:
+    lane._lose(lane.stages[2], "gone", "")
+    lane._lose(lane.stages[0], "the link broke", ADDRESSES[1])
+    assert lane._lost
+    assert lane._lost.result().stage == lane.stages[2].name
