@@ -19,7 +19,8 @@ FLAGS = {
         --admin --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
         --kv-memory --link-timeout-s --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share
-        --no-debug-logits --no-insecure --no-log-json --no-shared-cores --ready-file --served-model-name
+        --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache
+        --ready-file --served-model-name
         --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp
     """,
     "generate": """

@@ -36,6 +36,7 @@ ROUTER_OPTIONS = (
     "max_waiting",
     "step_tokens",
     "lookahead",
+    "prefix_cache",
     "max_in_flight",
     "step_timeout_s",
     "heartbeat_timeout_s",

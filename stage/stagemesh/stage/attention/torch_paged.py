@@ -47,7 +47,7 @@ class _Prefill:
     blocks: torch.Tensor
     first_cell: int | None
     mask: torch.Tensor | None
-    """bool [count, start + count]; None where the row starts its sequence and plain causal masking does."""
+    """Added to the scores, [count, start + count]; None where the row starts its sequence and plain causal masking does."""
 
 
 class TorchPagedAttention:
@@ -103,6 +103,8 @@ class TorchPagedAttention:
         keys, values = self._cache[layer, 0], self._cache[layer, 1]
         keys.index_copy_(0, self._cells, key)
         values.index_copy_(0, self._cells, value)
+        if len(self._decodes) == 1 and not self._prefills:
+            return self._attend_decode(self._decodes[0], query, keys, values).view(query.shape[0], -1)
         out = torch.empty_like(query)
         for group in self._decodes:
             out[group.rows] = self._attend_decode(group, query[group.rows], keys, values)
@@ -175,7 +177,8 @@ class TorchPagedAttention:
         table = batch.tables[row, : -(-(start + count) // self._block_size)]
         mask = None
         if start:
-            mask = torch.ones(count, start + count, dtype=torch.bool).tril_(start)
+            later = torch.ones(count, start + count, dtype=torch.bool).triu_(start + 1)
+            mask = torch.zeros(later.shape, dtype=self._cache.dtype).masked_fill_(later, -torch.inf)
         return _Prefill(
             begin=begin,
             end=begin + count,

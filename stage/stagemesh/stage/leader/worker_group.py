@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 1.0
 STOP_GRACE_S = 3.0
+SPIN_COUNT = "30000"
+"""Turns an OpenMP thread spins for work before it sleeps, where cores are shared: about 0.1 ms."""
 
 OnMessage = Callable[[ToLeader, list[zmq.Frame]], None]
 OnProgress = Callable[[int, int], None]
@@ -128,8 +130,9 @@ class WorkerGroup:
         if self._config.shared_cores or self._config.tp * self._config.num_threads > len(
             os.sched_getaffinity(0)
         ):
-            # A thread that spins between two parallel regions takes a core from a neighbour that has work.
-            environment.setdefault("OMP_WAIT_POLICY", "passive")
+            # An idle thread must not keep a core from a neighbour that has work, but one that sleeps at once
+            # costs a wake-up at each of a step's 150 parallel regions (docs/performance.md, "Waiting").
+            environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "stagemesh.stage.worker", spec.model_dump_json(), env=environment
         )

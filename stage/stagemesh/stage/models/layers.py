@@ -33,8 +33,11 @@ class RowParallelLinear(Linear):
         super().__init__(weight)
         self._group = group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in of this rank] to [T, out], equal on every rank."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, in of this rank] to [T, out], equal on every rank; with `residual` [T, out] added."""
+        # One rank adds the residual within its product, so that the sum over the ranks has it once.
+        if residual is not None and self._group.rank == 0:
+            return self._group.all_reduce(torch.addmm(residual, x, self.weight))
         return self._group.all_reduce(x @ self.weight)
 
 
@@ -44,14 +47,15 @@ class RMSNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.weight = weight
-        self._eps = eps
+        self._eps = torch.tensor([eps])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        # Torch's rms_norm is a chain of small kernels on the CPU; one reduction and one [T, 1] chain is less.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().mul_(1 / x.shape[-1]).add_(self._eps).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
+        # Torch's rms_norm is a chain of small kernels on the CPU; this is a shorter one.
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -38,16 +38,17 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        residual: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         attention: PagedAttention,
         layer: int,
     ) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]."""
+        """[T, hidden] to [T, hidden], the residual added."""
         heads = self.qkv(x).view(x.shape[0], self._heads + 2 * self._kv_heads, self._head_dim)
         rotated = rotate(heads[:, : self._heads + self._kv_heads], *rotation)
-        query, key = rotated.split((self._heads, self._kv_heads), dim=1)
+        query, key = rotated[:, : self._heads], rotated[:, self._heads :]
         value = heads[:, self._heads + self._kv_heads :]
-        return self.out(attention.attend(layer, query, key, value))
+        return self.out(attention.attend(layer, query, key, value), residual)
 
 
 class MLP(nn.Module):
@@ -58,10 +59,11 @@ class MLP(nn.Module):
         self.gate_up = Linear(weights.pop(f"{prefix}.gate_up"))
         self.down = RowParallelLinear(weights.pop(f"{prefix}.down"), group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to [T, hidden], the residual added."""
+        both = self.gate_up(x)
+        columns = both.shape[-1] // 2
+        return self.down(F.silu(both[:, :columns]).mul_(both[:, columns:]), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -84,8 +86,8 @@ class DecoderLayer(nn.Module):
         layer: int,
     ) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        x = x + self.attention(self.attention_norm(x), rotation, attention, layer)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(self.attention_norm(x), x, rotation, attention, layer)
+        return self.mlp(self.mlp_norm(x), x)
 
 
 class LlamaStage(nn.Module):

@@ -19,19 +19,16 @@ class RotaryTable:
     def __init__(self, config: ModelConfig, max_context: int, dtype: torch.dtype) -> None:
         frequencies = torch.from_numpy(config.rope.inverse_frequencies(config.head_dim))
         angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
-        self._cos = angles.cos().to(dtype)
-        self._sin = angles.sin().to(dtype)
+        # As wide as a head, the sign of the left half within, so that `rotate` is three kernels.
+        self._cos = angles.cos().repeat(1, 2).to(dtype)
+        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=1).to(dtype)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for int64 [T], each [T, 1, head_dim / 2]."""
+        """Cosines and sines for int64 [T], each [T, 1, head_dim]; the sines of the left half negated."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate [T, heads, head_dim] by its positions."""
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    left, right = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out
+    halves = x.unflatten(-1, (2, -1))
+    return (x * cos).addcmul_(halves.flip(-2).flatten(-2), sin)
