@@ -127,6 +127,8 @@ class WorkerGroup:
         threads = str(self._config.num_threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # Weights on huge pages: a decode step streams them all, and 4 KiB pages stop the prefetcher short.
+        environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if self._config.shared_cores or self._config.tp * self._config.num_threads > len(
             os.sched_getaffinity(0)
         ):
