@@ -1,9 +1,11 @@
-"""The version of the contract between router and stages."""
+"""What router and stages agree on beside the messages: the version of the contract, and a metadata key."""
 
 from __future__ import annotations
 
 MAJOR = 1
 MINOR = 0
+EPOCH_KEY = "stagemesh-epoch"
+"""Metadata of an Execute call: the epoch of the lane whose steps it carries."""
 
 
 def compatible(major: int, minor: int) -> bool:

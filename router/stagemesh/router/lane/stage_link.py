@@ -14,6 +14,7 @@ from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.timings import StageTimings
 from stagemesh.v1 import stage_pb2, stage_pb2_grpc
 from stagemesh.wire.errors import StageLostError, UnavailableError
+from stagemesh.wire.protocol import EPOCH_KEY
 from stagemesh.wire.service import MESH_CHANNEL_OPTIONS
 from stagemesh.wire.status import from_rpc_error
 
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 
 _EXECUTE = "/stagemesh.v1.StageService/Execute"
 DESCRIBE_TIMEOUT_S = 3.0
-EPOCH_KEY = "stagemesh-epoch"
 
 OnResponse = Callable[["StageLink", stage_pb2.ExecuteResponse], None]
 OnLost = Callable[["StageLink", str, str], None]

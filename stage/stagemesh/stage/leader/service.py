@@ -18,11 +18,11 @@ from stagemesh.stage.leader.link import LinkSender
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import frame
 from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError, StageLostError
+from stagemesh.wire.protocol import EPOCH_KEY
 
 log = logging.getLogger(__name__)
 
 RAW_METHODS = frozenset({"Execute", "Transfer"})
-EPOCH_KEY = "stagemesh-epoch"
 CREDIT_BYTES = 4 << 20
 """A receiver acknowledges at least every so many bytes."""
 
