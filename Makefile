@@ -10,10 +10,10 @@ PROTOS := $(wildcard protos/stagemesh/v1/*.proto)
 STUBS := $(wildcard protos/stagemesh/v1/stage_pb2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint format bench clean always
+.PHONY: help setup model demo test lint format bench device-kit clean always
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(STAMP) ## the virtual environment in .venv, with everything in it
 
@@ -46,6 +46,9 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 
 bench: model ## benchmarks/cpu.py against transformers
 	$(BIN)/python benchmarks/cpu.py --json
+
+device-kit: $(STAMP) ## wheels in build/device-kit for a GPU machine without a package registry
+	@$(BIN)/python tools/device_kit.py
 
 clean: ## everything that was made here but the model
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
