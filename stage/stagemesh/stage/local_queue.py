@@ -70,18 +70,22 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Where the time of a step went on this stage. Nanoseconds; times are the host's monotonic clock."""
+    """Where the time of a step went on this stage. Nanoseconds; times are the host's monotonic clock.
+
+    The parts follow each other without a gap, from arrival to the moment the output is handed on.
+    """
 
     epoch: int
     number: int
     arrival_ns: int
     queue_ns: int
     wait_ns: int
+    receive_ns: int
     compute_ns: int
     send_ns: int
     sent_bytes: int
 
-    _LAYOUT = struct.Struct("<8Q")
+    _LAYOUT = struct.Struct("<9Q")
 
     def pack(self) -> bytes:
         return self._LAYOUT.pack(
@@ -90,6 +94,7 @@ class StepTiming:
             self.arrival_ns,
             self.queue_ns,
             self.wait_ns,
+            self.receive_ns,
             self.compute_ns,
             self.send_ns,
             self.sent_bytes,

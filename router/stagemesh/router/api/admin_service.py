@@ -114,6 +114,6 @@ def _stage_status(lane: Lane, stage: StageLink) -> admin_pb2.StageStatus:
             status.link_reason = str(error)
     times = stage.timings.recent()
     if len(times):
-        _, status.mean_wait_ms, status.mean_compute_ms, _ = (times.mean(axis=0) / 1e6).tolist()
+        _, status.mean_wait_ms, _, status.mean_compute_ms, _ = (times.mean(axis=0) / 1e6).tolist()
     status.busy_share = stage.timings.busy_share()
     return status

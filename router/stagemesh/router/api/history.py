@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.v1 import admin_pb2
 
@@ -93,14 +94,21 @@ class RequestHistory:
 def _phase(times_ns: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:
     if not len(times_ns):
         return admin_pb2.PhaseTrace()
-    queue, wait, compute, send = (float(total) for total in times_ns.sum(axis=0) / _MS)
-    p50, p99 = (float(value) for value in np.percentile(times_ns[:, 2], (50, 99)) / _MS)
+    queue, wait, receive, compute, send = (float(total) for total in times_ns.sum(axis=0) / _MS)
+    computed = times_ns[:, COLUMNS.index("compute")]
+    p50, p99 = (float(value) for value in np.percentile(computed, (50, 99)) / _MS)
+    busy_p50, busy_p99 = (
+        float(value) for value in np.percentile(times_ns[:, BUSY].sum(axis=1), (50, 99)) / _MS
+    )
     return admin_pb2.PhaseTrace(
         num_steps=len(times_ns),
         queue_ms=queue,
         wait_ms=wait,
+        receive_ms=receive,
         compute_ms=compute,
         send_ms=send,
         compute_p50_ms=p50,
         compute_p99_ms=p99,
+        busy_p50_ms=busy_p50,
+        busy_p99_ms=busy_p99,
     )

@@ -11,9 +11,14 @@ import numpy.typing as npt
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, unpack
 
+Int64 = npt.NDArray[np.int64]
+
 STEPS_KEPT = 1 << 15
 BUSY_WINDOW_S = 10.0
-COLUMNS = ("queue", "wait", "compute", "send")
+COLUMNS = ("queue", "wait", "receive", "compute", "send")
+"""In the order in which they follow each other, from arrival."""
+BUSY = slice(2, 5)
+"""Of COLUMNS: what a step takes of a stage, all but waiting for others."""
 
 
 class StageTimings:
@@ -21,6 +26,7 @@ class StageTimings:
 
     def __init__(self) -> None:
         self._numbers = np.zeros(STEPS_KEPT, np.int64)
+        self._arrivals = np.zeros(STEPS_KEPT, np.int64)
         self._columns = np.zeros((STEPS_KEPT, len(COLUMNS)), np.int64)
         self._busy: deque[tuple[float, int]] = deque()
 
@@ -29,27 +35,35 @@ class StageTimings:
         numbers = unpack(report.numbers, U64, "numbers").astype(np.int64)
         if not len(numbers):
             return
-        columns = [
-            unpack(getattr(report, f"{name}_ns"), U64, f"{name}_ns", len(numbers)).astype(np.int64)
-            for name in COLUMNS
-        ]
         where = numbers % STEPS_KEPT
         self._numbers[where] = numbers
-        self._columns[where] = np.stack(columns, axis=1)
-        self._busy.append((time.monotonic(), int(columns[2].sum())))
+        self._arrivals[where] = unpack(report.arrival_ns, U64, "arrival_ns", len(numbers))
+        for index, name in enumerate(COLUMNS):
+            data = getattr(report, f"{name}_ns")
+            # A stage of the minor version before this one has no receive_ns; its parts leave a gap there.
+            self._columns[where, index] = (
+                unpack(data, U64, f"{name}_ns", len(numbers)) if data or name != "receive" else 0
+            )
+        compute = self._columns[where, COLUMNS.index("compute")]
+        self._busy.append((time.monotonic(), int(compute.sum())))
 
     def clear(self) -> None:
         """A new epoch counts from 1 again."""
         self._numbers[:] = 0
         self._busy.clear()
 
-    def of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """[known, 4] nanoseconds of queue, wait, compute and send of those steps that are still kept."""
-        where = numbers % STEPS_KEPT
-        kept: npt.NDArray[np.int64] = self._columns[where[self._numbers[where] == numbers]]
-        return kept
+    def of(self, numbers: Int64) -> Int64:
+        """[known, 5] nanoseconds of COLUMNS of those steps that are still kept."""
+        return self.spans_of(numbers)[2]
 
-    def recent(self, count: int = 256) -> npt.NDArray[np.int64]:
+    def spans_of(self, numbers: Int64) -> tuple[Int64, Int64, Int64]:
+        """[known] numbers, [known] arrivals by the stage's monotonic clock, and [known, 5] nanoseconds of
+        COLUMNS, of those steps that are still kept."""
+        where = numbers % STEPS_KEPT
+        kept = self._numbers[where] == numbers
+        return numbers[kept], self._arrivals[where[kept]], self._columns[where[kept]]
+
+    def recent(self, count: int = 256) -> Int64:
         """The same for the last `count` steps."""
         newest = int(self._numbers.max())
         return self.of(np.arange(max(1, newest - count + 1), newest + 1))

@@ -84,6 +84,7 @@ class LeaderLane:
             arrival_ns=pack([timing.arrival_ns for timing in timings], U64),
             queue_ns=pack([timing.queue_ns for timing in timings], U64),
             wait_ns=pack([timing.wait_ns for timing in timings], U64),
+            receive_ns=pack([timing.receive_ns for timing in timings], U64),
             compute_ns=pack([timing.compute_ns for timing in timings], U64),
             send_ns=pack([timing.send_ns for timing in timings], U64),
             sent_bytes=pack([timing.sent_bytes for timing in timings], U64),

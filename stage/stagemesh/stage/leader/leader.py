@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 import uuid
 from pathlib import Path
 
@@ -137,6 +138,7 @@ class StageLeader:
             transports=["grpc"],
             incarnation=self._incarnation,
             not_ready_reason=self._not_ready,
+            monotonic_ns=time.monotonic_ns(),
         )
         for fact in facts:
             response.ranks.add(

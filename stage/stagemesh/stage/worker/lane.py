@@ -48,8 +48,8 @@ class WorkerLane:
     head: Batch | None = None
     next_number: int = 1
     _hidden: dict[int, memoryview] = field(default_factory=dict)
-    _arrivals: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Monotonic ns at which the tensor of (kind, step) was complete here."""
+    _arrivals: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """Monotonic ns at which the tensor of (kind, step) began to come, and at which it was complete."""
     _assemblies: dict[tuple[int, int], _Assembly] = field(default_factory=dict)
     _ring_step: int = 0
     """The last step whose tokens came back."""
@@ -78,11 +78,11 @@ class WorkerLane:
         """Keep what a neighbour sent. A tensor of one frame is used in place."""
         if frame.step == 0:  # the dummy that opened the link
             return
-        self._arrivals[frame.kind, frame.step] = arrival_ns
+        key = (frame.kind, frame.step)
+        self._arrivals[key] = (self._arrivals.get(key, (arrival_ns, 0))[0], arrival_ns)
         if frame.offset == 0 and frame.last:
             self._complete(frame.kind, frame.step, frame.data)
             return
-        key = (frame.kind, frame.step)
         assembly = self._assemblies.setdefault(key, _Assembly(bytearray(frame.total_bytes)))
         assembly.data[frame.offset : frame.offset + len(frame.data)] = frame.data
         assembly.filled += len(frame.data)
@@ -115,14 +115,16 @@ class WorkerLane:
             return f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
         return ""
 
-    def arrived_ns(self) -> int:
-        """When the head, and all it needs, had come."""
+    def arrived_ns(self) -> tuple[int, int]:
+        """When the head and the first of what it needs were there, and when all of it was."""
         assert self.head is not None
         if self.first:
             key = (stage_pb2.LINK_KIND_RING, self.head.newest_input)
         else:
             key = (stage_pb2.LINK_KIND_ACTIVATIONS, self.head.number)
-        return max(self.pending[0].arrival_ns, self._arrivals.get(key, 0))
+        first_ns, last_ns = self._arrivals.get(key, (0, 0))
+        step_ns = self.pending[0].arrival_ns
+        return max(step_ns, first_ns), max(step_ns, last_ns)
 
     def take_head(self) -> tuple[PendingStep, Batch, memoryview | None]:
         """The step to run now, its batch, and its activations (None on the first stage)."""

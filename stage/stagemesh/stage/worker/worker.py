@@ -112,7 +112,7 @@ class Worker:
             self._run_step(lane)
 
     def _run_step(self, lane: WorkerLane) -> None:
-        arrived_ns = lane.arrived_ns()
+        first_ns, arrived_ns = lane.arrived_ns()
         pending, batch, hidden = lane.take_head()
         lane.slots.begin(batch)
         began_ns = time.monotonic_ns()
@@ -138,12 +138,14 @@ class Worker:
                 )
             sent_ns = time.monotonic_ns()
             free_ns = max(self._idle_since_ns, pending.arrival_ns)
+            input_ns = max(free_ns, first_ns)
             timing = StepTiming(
                 epoch=lane.request.epoch,
                 number=batch.number,
                 arrival_ns=pending.arrival_ns,
                 queue_ns=free_ns - pending.arrival_ns,
-                wait_ns=max(0, arrived_ns - free_ns),
+                wait_ns=input_ns - free_ns,
+                receive_ns=began_ns - input_ns,
                 compute_ns=computed_ns - began_ns,
                 send_ns=sent_ns - computed_ns,
                 sent_bytes=sent_bytes,
