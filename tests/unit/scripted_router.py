@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.rpc import status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from stagemesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import NotFoundError, StagemeshError
-from stagemesh.wire.status import to_grpc
+from stagemesh.wire.status import from_proto, to_grpc
 
 INFERENCE = "stagemesh.v1.InferenceService"
 Script = Callable[[pb.GenerateRequest, Any], Iterator[pb.GenerateResponse]]
@@ -57,7 +59,7 @@ def refusal(error: StagemeshError) -> Script:
     """Refuses with that error."""
 
     def script(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
-        context.abort_with_status(to_grpc(error))
+        context.abort_with_status(to_grpc(error.of_request(request.request_id)))
         yield pb.GenerateResponse()
 
     return script
@@ -70,6 +72,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         self.script = script or words("Hello", " world")
         self.scripts: list[Script] = []
         self.received: list[Received] = []
+        self.sessions: list[ScriptedSession] = []
         self.aborted: list[str] = []
         self.id_metadata = ""
         self.status = admin_pb2.MeshStatus()
@@ -107,6 +110,12 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         script = self.scripts.pop(0) if self.scripts else self.script
         yield from script(request, context)
 
+    def Session(self, requests: Iterator[pb.SessionRequest], context: Any) -> Iterator[pb.SessionResponse]:
+        """Runs the script of each request; `received` has them too, `sessions` the calls."""
+        session = ScriptedSession(self, context)
+        self.sessions.append(session)
+        return session.run(requests)
+
     def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         self.aborted.append(request.request_id)
         return pb.AbortResponse(
@@ -131,3 +140,78 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
                 to_grpc(NotFoundError("no such request", request_id=request.request_id))
             )
         return self.traces[request.request_id]
+
+
+class Refused(Exception):
+    """A script refused its request."""
+
+
+class ScriptedSession:
+    """One Session call: a thread runs the script of each request."""
+
+    def __init__(self, router: ScriptedRouter, context: Any) -> None:
+        self.router = router
+        self.metadata = dict(context.invocation_metadata())
+        self.remaining_s = context.time_remaining()
+        self.cancelled: list[str] = []
+        self.ended = threading.Event()
+        self._out: queue.SimpleQueue[pb.SessionResponse | None] = queue.SimpleQueue()
+        self._num_live = 1  # the reader
+        self._lock = threading.Lock()
+        context.add_callback(self._hang_up)
+
+    def run(self, requests: Iterator[pb.SessionRequest]) -> Iterator[pb.SessionResponse]:
+        threading.Thread(target=self._read, args=(requests,), daemon=True).start()
+        return iter(self._out.get, None)
+
+    def _read(self, requests: Iterator[pb.SessionRequest]) -> None:
+        try:
+            for request in requests:
+                for start in request.start:
+                    seen = Received(start, self.metadata, self.remaining_s)
+                    self.router.received.append(seen)
+                    with self._lock:
+                        self._num_live += 1
+                    script = self.router.scripts.pop(0) if self.router.scripts else self.router.script
+                    threading.Thread(target=self._play, args=(script, seen), daemon=True).start()
+                self.cancelled += request.cancel
+        except grpc.RpcError:
+            self._hang_up()
+        self._leave()
+
+    def _play(self, script: Script, seen: Received) -> None:
+        request_id = seen.request.request_id
+        try:
+            for one in script(seen.request, self):
+                if self.ended.is_set() or request_id in self.cancelled:
+                    break
+                columns: dict[str, Any] = {}
+                if one.token_ids or one.text:
+                    columns = {"request_ids": [request_id], "texts": [one.text], "token_ids": one.token_ids}
+                    columns["token_counts"] = [len(one.token_ids)]
+                end = pb.SessionEnd(request_id=request_id, finish_reason=one.finish_reason, usage=one.usage)
+                self._out.put(pb.SessionResponse(ends=[end] if one.finish_reason else [], **columns))
+        except Refused:
+            pass
+        seen.ended.set()
+        self._leave()
+
+    def is_active(self) -> bool:
+        return not self.ended.is_set()
+
+    def abort_with_status(self, status: Any) -> None:
+        """What scripts refuse with; the end goes to the request whose thread this is."""
+        [details] = [value for key, value in status.trailing_metadata if key == "grpc-status-details-bin"]
+        info = from_proto(status_pb2.Status.FromString(details))
+        self._out.put(pb.SessionResponse(ends=[pb.SessionEnd(request_id=info.request_id, status=details)]))
+        raise Refused
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._num_live -= 1
+            if self._num_live == 0:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.ended.set()
+        self._out.put(None)

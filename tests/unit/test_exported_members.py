@@ -9,10 +9,10 @@ import stagemesh.client
 from stagemesh.client.cli._main import COMMANDS, load_command, make_app
 
 EXPORTED = """
-AsyncClient AsyncTokenStream CancelledError ChainError Chunk Client Completion ConfigError
-DeadlineExceededError FailedPreconditionError FinishReason InternalError InvalidArgumentError Message
-ModelError ModelInfo NotFoundError RequestOptions ResourceExhaustedError StageLostError StagemeshError
-StartupError TokenStream UnavailableError UnimplementedError Usage
+AsyncClient AsyncManyStream AsyncTokenStream CancelledError ChainError Chunk Client Completion ConfigError
+DeadlineExceededError FailedPreconditionError FinishReason InternalError InvalidArgumentError ManyStream
+Message ModelError ModelInfo NotFoundError Prompt RequestOptions RequestSpec ResourceExhaustedError
+StageLostError StagemeshError StartupError TokenStream UnavailableError UnimplementedError Usage
 """
 FLAGS = {
     "up": """

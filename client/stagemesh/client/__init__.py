@@ -12,7 +12,8 @@ Every error is a StagemeshError; the tree is drawn in stagemesh.wire.errors.
 from stagemesh.client._async_client import AsyncClient
 from stagemesh.client._async_stream import AsyncTokenStream
 from stagemesh.client._client import Client
-from stagemesh.client._request import Message, RequestOptions
+from stagemesh.client._many_stream import AsyncManyStream, ManyStream
+from stagemesh.client._request import Message, Prompt, RequestOptions, RequestSpec
 from stagemesh.client._stream import TokenStream
 from stagemesh.client._types import Chunk, Completion, FinishReason, ModelInfo, Usage
 from stagemesh.wire.errors import (
@@ -35,6 +36,7 @@ from stagemesh.wire.errors import (
 
 __all__ = [
     "AsyncClient",
+    "AsyncManyStream",
     "AsyncTokenStream",
     "CancelledError",
     "ChainError",
@@ -47,11 +49,14 @@ __all__ = [
     "FinishReason",
     "InternalError",
     "InvalidArgumentError",
+    "ManyStream",
     "Message",
     "ModelError",
     "ModelInfo",
     "NotFoundError",
+    "Prompt",
     "RequestOptions",
+    "RequestSpec",
     "ResourceExhaustedError",
     "StageLostError",
     "StagemeshError",

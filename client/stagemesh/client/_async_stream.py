@@ -10,11 +10,12 @@ from typing import Any, Self
 
 import grpc
 
+from stagemesh.client._channel import call_error
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import CancelledError
 
-_END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
+END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
 
 
 class AsyncTokenStream(AsyncIterator[Chunk]):
@@ -49,7 +50,7 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
         while not self._closed.is_set():
             try:
                 response = await self._call.read()
-                if response is _END:
+                if response is END:
                     self._closed.set()
                     break
                 metadata = await self._call.initial_metadata()
@@ -71,7 +72,9 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
         raise StopAsyncIteration
 
     async def _back_off(self, error: grpc.RpcError) -> None:
-        mapped, delay_s = self._exchange.after_failure(error)
+        exchange = self._exchange
+        mapped = call_error(error, address=exchange.address, request_id=exchange.request_id)
+        delay_s = exchange.retry_delay_s(mapped)
         if delay_s is None:
             self._closed.set()
             raise mapped from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from google.rpc import status_pb2
 
 from stagemesh.client._types import Chunk, Completion, FinishReason, ModelInfo, Usage
 from stagemesh.v1 import inference_pb2 as pb
+from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.status import from_proto
 
 _FINISH_REASONS: dict[int, FinishReason | None] = {
     pb.FINISH_REASON_UNSPECIFIED: None,
@@ -23,6 +27,37 @@ def to_chunk(response: pb.GenerateResponse, request_id: str) -> Chunk:
         token_ids=tuple(response.token_ids),
         finish_reason=_FINISH_REASONS.get(response.finish_reason, FinishReason.UNKNOWN),
         usage=_to_usage(response.usage) if response.HasField("usage") else None,
+    )
+
+
+def session_deltas(response: pb.SessionResponse) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """The (request id, text, token ids) of each request that a message of a session brings something for."""
+    token_ids, offset = list(response.token_ids), 0
+    for request_id, text, count in zip(
+        response.request_ids, response.texts, response.token_counts, strict=True
+    ):
+        yield request_id, text, tuple(token_ids[offset : offset + count])
+        offset += count
+
+
+def end_error(end: pb.SessionEnd) -> StagemeshError | None:
+    """Why a request of a session failed; None if it did not."""
+    return from_proto(status_pb2.Status.FromString(end.status), end.request_id) if end.status else None
+
+
+def to_last_chunk(
+    end: pb.SessionEnd, text: str = "", token_ids: tuple[int, ...] = (), error: StagemeshError | None = None
+) -> Chunk:
+    """The end of a request of a session, with what the same message brought of it."""
+    return Chunk(
+        request_id=end.request_id,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=FinishReason.ERROR
+        if error
+        else _FINISH_REASONS.get(end.finish_reason, FinishReason.UNKNOWN),
+        usage=_to_usage(end.usage) if end.HasField("usage") else None,
+        error=error,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is known of one Generate call, without I/O: its id, deadline and retries. Both streams drive one."""
+"""What is known of one request, without I/O: its id, deadline and retries. Every stream drives one, or many."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 
-import grpc
-
-from stagemesh.client._channel import REQUEST_ID_KEY, call_error
+from stagemesh.client._channel import REQUEST_ID_KEY
 from stagemesh.client._chunks import to_chunk
 from stagemesh.client._types import Chunk
 from stagemesh.v1 import inference_pb2 as pb
@@ -41,13 +39,13 @@ class Exchange:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.request = request
+        self.address = address
         self._own_id = not request.request_id
         self._name()
         self._clock = clock
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._retries = retries
         self._attempt = 0
-        self._address = address
         self._started = False
 
     def remaining_s(self) -> float | None:
@@ -67,21 +65,24 @@ class Exchange:
             self.request_id = response.request_id
         return to_chunk(response, self.request_id)
 
-    def after_failure(self, error: grpc.RpcError) -> tuple[StagemeshError, float | None]:
-        """The error of a failed attempt, and the seconds to wait before the next one; None: it is final."""
-        mapped = call_error(error, address=self._address, request_id=self.request_id)
-        delay_s = self._retry_delay_s(mapped)
+    def started(self) -> None:
+        """Something of its answer came: from here on, nothing is repeated."""
+        self._started = True
+
+    def retry_delay_s(self, error: StagemeshError) -> float | None:
+        """The attempt failed; the seconds to wait before the next one, None: that error is final."""
+        delay_s = self._delay_s(error)
         if delay_s is not None:
             self._attempt += 1
             self._name()
-        return mapped, delay_s
+        return delay_s
 
     def _name(self) -> None:
         if self._own_id:
             self.request.request_id = uuid.uuid4().hex
         self.request_id = self.request.request_id
 
-    def _retry_delay_s(self, error: StagemeshError) -> float | None:
+    def _delay_s(self, error: StagemeshError) -> float | None:
         if self._started or self._attempt >= self._retries:
             return None
         # RESOURCE_EXHAUSTED without a hint is also gRPC's word for a message too large: that stays too large.

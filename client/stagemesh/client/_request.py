@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict, cast
 
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import InvalidArgumentError
@@ -48,6 +48,20 @@ class RequestOptions(TypedDict, total=False):
     adapter: str | None
 
 
+class RequestSpec(RequestOptions, total=False):
+    """One of many requests, with options of its own: exactly one of prompt, token_ids and messages."""
+
+    prompt: str
+    """A text to go on from."""
+    token_ids: Iterable[int]
+    """Token ids to go on from."""
+    messages: Iterable[Message]
+    """A conversation to answer."""
+
+
+Prompt: TypeAlias = str | RequestSpec | Sequence[int] | Sequence[Message]
+"""A text, token ids, a conversation, or any of them with options of its own."""
+
 _OPTIONS = frozenset(RequestOptions.__annotations__)
 
 
@@ -87,6 +101,31 @@ def build_request(
         if value is not None:
             _set(request, name, value)
     return request
+
+
+def build_requests(prompts: Iterable[Prompt], options: RequestOptions) -> list[pb.GenerateRequest]:
+    """A request for each prompt; raises as `build_request`, naming the place of the prompt."""
+    requests = []
+    for index, prompt in enumerate(prompts):
+        try:
+            requests.append(build_request(**_parts(prompt, options)))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"prompts[{index}]: {error.message}", reason=error.reason, field=error.field
+            ) from error
+    return requests
+
+
+def _parts(prompt: Prompt, options: RequestOptions) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "options": options}
+    if isinstance(prompt, Mapping):
+        spec = dict(prompt)
+        kinds = {name: spec.pop(name, None) for name in ("prompt", "token_ids", "messages")}
+        return {**kinds, "options": cast(RequestOptions, {**options, **spec})}
+    parts = list(prompt)
+    is_chat = bool(parts) and isinstance(parts[0], Mapping)
+    return {"messages" if is_chat else "token_ids": parts, "options": options}
 
 
 def _prompts(

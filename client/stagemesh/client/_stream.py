@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import grpc
 
+from stagemesh.client._channel import call_error
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 
@@ -49,7 +50,9 @@ class TokenStream(Iterator[Chunk]):
             except grpc.RpcError as error:
                 if self._closed.is_set():
                     break
-                mapped, delay_s = self._exchange.after_failure(error)
+                exchange = self._exchange
+                mapped = call_error(error, address=exchange.address, request_id=exchange.request_id)
+                delay_s = exchange.retry_delay_s(mapped)
                 if delay_s is None:
                     self._closed.set()
                     raise mapped from error

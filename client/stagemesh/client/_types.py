@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from stagemesh.wire.errors import StagemeshError
+
 
 class FinishReason(StrEnum):
     """Why a generation ended."""
@@ -15,6 +17,8 @@ class FinishReason(StrEnum):
     """max_tokens, or the end of the context."""
     ABORT = "abort"
     """Someone called abort with its id."""
+    ERROR = "error"
+    """It failed; of many requests, this one alone: the chunk has the error."""
     UNKNOWN = "unknown"
     """A reason newer than this client."""
 
@@ -45,6 +49,8 @@ class Chunk:
     """Set in the last chunk."""
     usage: Usage | None
     """Set in the last chunk."""
+    error: StagemeshError | None = None
+    """Set in the last chunk of a request that failed among many (`generate_many`); a single request raises it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 
@@ -64,6 +64,18 @@ class StagemeshError(Exception):
         self.stage = stage
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})
+
+    def of_request(self, request_id: str) -> Self:
+        """The same error for one of the requests it ends: each carries its own id."""
+        return type(self)(
+            self.message,
+            reason=self.reason,
+            field=self.field,
+            request_id=request_id,
+            stage=self.stage,
+            retry_after_s=self.retry_after_s,
+            metadata=self.metadata,
+        )
 
     def __str__(self) -> str:
         return f"{self.message} (request {self.request_id})" if self.request_id else self.message

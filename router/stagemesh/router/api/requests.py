@@ -122,17 +122,7 @@ class Requests:
         if stream is None:
             return
         self.num_failed += 1
-        # Each stream gets an error of its own: it carries the request's id.
-        stream.fail(
-            type(error)(
-                error.message,
-                reason=error.reason,
-                request_id=request.request_id,
-                stage=error.stage,
-                retry_after_s=error.retry_after_s,
-                metadata=error.metadata,
-            )
-        )
+        stream.fail(error.of_request(request.request_id))
         self._end(stream)
 
     def _end(self, stream: RequestStream) -> None:

@@ -1,0 +1,168 @@
+"""What both clients are: settings, and requests on their way. Subclasses do the I/O."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from stagemesh.client._channel import Metadata, MetadataSource, closed_error, join_metadata
+from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from stagemesh.client._exchange import Exchange
+from stagemesh.client._many import DEFAULT_MAX_LIVE, Many
+from stagemesh.client._request import Message, Prompt, RequestOptions, build_request, build_requests
+from stagemesh.client._timeouts import CLIENT_DEFAULT, ClientDefault, call_timeout_s
+from stagemesh.v1 import inference_pb2 as pb
+from stagemesh.v1 import inference_pb2_grpc
+from stagemesh.wire.address import split_address
+
+StreamT = TypeVar("StreamT")
+ManyT = TypeVar("ManyT")
+
+
+class BaseClient(ABC, Generic[StreamT, ManyT]):
+    """See Client and AsyncClient."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retries: int = 0,
+        metadata: MetadataSource = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Settings only; nothing is connected before the first call.
+
+        Args:
+            address: HOST:PORT of the router.
+            timeout: Seconds a call may take, unless the call says otherwise; None is for ever.
+            retries: How often a request that was refused as "not now" before its first token is sent again;
+                the router's RetryInfo says when, else the pause doubles from 0.2 to 5 s.
+            metadata: Sent with every call; a function is asked for each (W3C trace context comes in here).
+            credentials: For TLS; None is plain text.
+
+        Raises:
+            ConfigError: The address is not HOST:PORT.
+        """
+        split_address(address, key="address")
+        self.address = address
+        self._timeout_s = timeout
+        self._retries = retries
+        self._metadata = metadata
+        self._credentials = credentials
+        self._closed = False
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._inference: Any = None
+        self._health: Any = None
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        timeout: float | ClientDefault | None = CLIENT_DEFAULT,
+        metadata: Metadata = (),
+        **options: Unpack[RequestOptions],
+    ) -> StreamT:
+        """Stream the continuation of a text, or of token ids. The request is on its way when this returns.
+
+        Raises:
+            InvalidArgumentError: A value that no request can hold. What the router refuses is raised by
+                the stream.
+        """
+        request = build_request(prompt=prompt, token_ids=token_ids, options=options)
+        return self._send(request, timeout, metadata)
+
+    def chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | ClientDefault | None = CLIENT_DEFAULT,
+        metadata: Metadata = (),
+        **options: Unpack[RequestOptions],
+    ) -> StreamT:
+        """Stream the answer to a conversation; otherwise as `generate`."""
+        return self._send(build_request(messages=messages, options=options), timeout, metadata)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_live: int = DEFAULT_MAX_LIVE,
+        timeout: float | ClientDefault | None = CLIENT_DEFAULT,
+        metadata: Metadata = (),
+        **options: Unpack[RequestOptions],
+    ) -> ManyT:
+        """Stream the answers to many prompts over one connection, as (index of the prompt, chunk).
+
+        A request that fails ends with a chunk whose `error` is set; the others go on. Far cheaper than a
+        call for each: the router sends one message a step with what every request gained.
+
+        Args:
+            prompts: Each a text, token ids, messages, or a dict of `prompt`, `token_ids` or `messages` and
+                options of its own, which win over `options`.
+            max_live: Requests under way at once; the others start as these end.
+            timeout: Seconds for all of them together.
+            metadata: Sent with the call.
+            options: Of every request.
+
+        Raises:
+            InvalidArgumentError: A value that no request can hold.
+        """
+        requests = build_requests(prompts, options)
+        self._open()
+        timeout_s = call_timeout_s(timeout, self._timeout_s)
+        many = Many([self._exchange(request, timeout_s) for request in requests], max_live=max_live)
+        return self._send_many(many, metadata)
+
+    def _send(
+        self, request: pb.GenerateRequest, timeout: float | ClientDefault | None, metadata: Metadata
+    ) -> StreamT:
+        self._open()
+        return self._stream(self._exchange(request, call_timeout_s(timeout, self._timeout_s)), metadata)
+
+    def _exchange(self, request: pb.GenerateRequest, timeout_s: float | None) -> Exchange:
+        return Exchange(request, timeout_s=timeout_s, retries=self._retries, address=self.address)
+
+    def _open(self) -> None:
+        """Made on first use, for an asyncio channel belongs to the loop that runs then."""
+        if self._closed:
+            raise closed_error()
+        with self._lock:
+            if self._channel is None:
+                self._channel = self._make_channel()
+                self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+                self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def _call(self, method: str, request: Any, timeout_s: float | None, metadata: Metadata = ()) -> Any:
+        """Start an RPC; `request` is a message or, for Session, what iterates over messages."""
+        self._open()
+        return getattr(self._inference, method)(
+            request, timeout=timeout_s, metadata=join_metadata(self._metadata, metadata)
+        )
+
+    def _starter(self, metadata: Metadata) -> Callable[[Exchange], Any]:
+        """Starts an attempt of one request."""
+        return lambda exchange: self._call("Generate", exchange.request, exchange.remaining_s(), metadata)
+
+    def _opener(self, many: Many, metadata: Metadata) -> Callable[[Any], Any]:
+        """Starts a session for many."""
+        return lambda requests: self._call("Session", requests, many.remaining_s(), metadata)
+
+    @abstractmethod
+    def _make_channel(self) -> Any:
+        """A channel to the address."""
+
+    @abstractmethod
+    def _stream(self, exchange: Exchange, metadata: Metadata) -> StreamT:
+        """Send one request."""
+
+    @abstractmethod
+    def _send_many(self, many: Many, metadata: Metadata) -> ManyT:
+        """Send many requests over one session."""
