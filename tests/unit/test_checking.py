@@ -164,7 +164,7 @@ def test_text_needs_a_tokenizer(kind: str) -> None:
 def test_every_field_of_the_message_is_taken_or_refused_by_name() -> None:
     """A field that is added to the proto must not be ignored silently."""
     taken = {"request_id", "text", "token_ids", "chat", "max_tokens", "temperature", "top_k", "top_p", "seed"}
-    taken |= {"ignore_eos", "priority", "traceparent"}
+    taken |= {"ignore_eos", "priority", "traceparent", "timeout_ms"}
     samples: dict[str, Any] = {"stop": ["x"], "json_schema": "{}", "adapter": "a", "n": 2, "logprobs": 0}
     for descriptor in inference_pb2.GenerateRequest.DESCRIPTOR.fields:
         if descriptor.name in taken:

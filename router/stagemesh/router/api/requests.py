@@ -16,7 +16,7 @@ from stagemesh.router.lane.lane import Lane, LaneEvents
 from stagemesh.router.scheduler import Delta, Request
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.v1 import inference_pb2
-from stagemesh.wire.errors import StagemeshError, UnavailableError
+from stagemesh.wire.errors import DeadlineExceededError, StagemeshError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,10 @@ class Requests:
             self.num_failed += 1
             raise
         self._live[request.request_id] = stream
+        if message.timeout_ms:
+            stream.expiry = asyncio.get_running_loop().call_later(
+                message.timeout_ms / 1e3, self._expire, stream
+            )
         self.prompt_tokens += len(request.prompt)
         scheduler = self.lane.scheduler
         self.history.add(stream, scheduler.sequence(request.request_id) if scheduler else None)
@@ -125,7 +129,22 @@ class Requests:
         stream.fail(error.of_request(request.request_id))
         self._end(stream)
 
+    def _expire(self, stream: RequestStream) -> None:
+        """Its own deadline, which gRPC does not watch, has passed."""
+        request_id = stream.request.request_id
+        self.num_failed += 1
+        stream.fail(
+            DeadlineExceededError(
+                f"timeout_ms passed after {stream.num_tokens} tokens; ask for fewer, or give it longer",
+                request_id=request_id,
+            )
+        )
+        self._end(stream)
+        self.lane.abort(request_id)
+
     def _end(self, stream: RequestStream) -> None:
         request_id = stream.request.request_id
         del self._live[request_id]
+        if stream.expiry:
+            stream.expiry.cancel()
         asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, request_id)

@@ -48,6 +48,8 @@ class RequestStream:
         self.error: StagemeshError | None = None
         self.on_change: Callable[[RequestStream], None] | None = None
         """Called at every push and at the end, by a writer that serves many streams."""
+        self.expiry: asyncio.TimerHandle | None = None
+        """Runs when its own timeout has passed."""
         self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
         self._token_ids: list[int] = []
         self._wake = asyncio.Event()
