@@ -207,8 +207,10 @@ def build_stagemesh(folder: Path) -> None:
     for old in folder.glob("stagemesh-*.whl"):
         old.unlink()
     # setuptools packs whatever an earlier build left in build/lib.
-    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+    leftovers = ROOT / "build" / "lib"
+    shutil.rmtree(leftovers, ignore_errors=True)
     pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    shutil.rmtree(leftovers, ignore_errors=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.shard_shapes import shard_parameters, shard_shapes
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import split_layers
-from stagemesh.stage.weights import dummy_shard, load_shard
+from stagemesh.stage.weights import dummy as dummy_module
+from stagemesh.stage.weights import load_shard
+from stagemesh.stage.weights.dummy import DummyReader
+from stagemesh.stage.weights.piece import Piece, plan_pieces
+from stagemesh.stage.weights.safetensors_reader import SafetensorsReader
+from stagemesh.stage.weights.upload import Uploader
 from stagemesh.wire.errors import ModelError
 
 NUM_LAYERS = 4
@@ -206,18 +212,88 @@ def test_dummy_is_the_same_model_on_any_split(tmp_path: Path, tied: bool) -> Non
     with pytest.raises(ModelError, match="has no weights"):
         load_whole(source)
     layers, rank = range(NUM_LAYERS), deal(source.config, 2)[0]
-    whole = dummy_shard(source.config, layers, rank, dtype=torch.float32, has_embedding=True, has_head=True)
+
+    def dummy(layers: range, rank: RankDeal, seed: int = 0) -> dict[str, torch.Tensor]:
+        ends = {"has_embedding": layers.start == 0, "has_head": layers.stop == NUM_LAYERS}
+        return load_shard(source, layers, rank, dtype=torch.float32, dummy=True, seed=seed, **ends)
+
+    half = dummy(layers, rank)
     shapes = shard_shapes(source.config, layers, rank, has_embedding=True, has_head=True)
-    assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == shapes
-    assert (whole["head"].data_ptr() == whole["embed"].data_ptr()) == tied
-    last = dummy_shard(
-        source.config, range(3, 4), rank, dtype=torch.float32, has_embedding=False, has_head=True
-    )
+    assert {name: tuple(tensor.shape) for name, tensor in half.items()} == shapes
+    assert (half["head"].data_ptr() == half["embed"].data_ptr()) == tied
+    last = dummy(range(3, 4), rank)
     assert len(last) == 8
     for name, tensor in last.items():
-        assert torch.equal(tensor, whole[name]), name
-    other = dummy_shard(
-        source.config, layers, rank, dtype=torch.float32, has_embedding=True, has_head=True, seed=1
+        assert torch.equal(tensor, half[name]), name
+    # Neither the number of ranks nor of stages makes it another model.
+    whole = dummy(layers, deal(source.config, 1)[0])
+    assert torch.equal(
+        whole["layers.1.down"][:, rank.columns.start : rank.columns.stop], half["layers.1.down"]
     )
-    assert not torch.equal(other["layers.0.qkv"], whole["layers.0.qkv"])
-    assert not torch.equal(whole["layers.1.qkv"], whole["layers.0.qkv"])
+    assert torch.equal(whole["embed"][: len(rank.vocab)], half["embed"])
+    assert not torch.equal(dummy(layers, rank, seed=1)["layers.0.qkv"], half["layers.0.qkv"])
+    assert not torch.equal(half["layers.1.qkv"], half["layers.0.qkv"])
+
+
+def test_dummy_values_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = Piece(
+        target="x",
+        target_row=0,
+        part="down",
+        layer=0,
+        full_shape=(512, 300),
+        rows=range(512),
+        columns=range(300),
+        head_dim=64,
+    )
+    values = torch.empty(512, 300)
+    DummyReader().read_into(values, piece)
+    unit = values / (3 / 300) ** 0.5
+    assert len(values.unique()) > 0.99 * values.numel()
+    assert unit.abs().max() <= 1
+    # Uniform: mean 0 and variance 1/3; rows and columns say nothing of each other.
+    assert abs(unit.mean()) < 0.01
+    assert abs(unit.var() - 1 / 3) < 0.01
+    assert (torch.corrcoef(unit[:16]) - torch.eye(16)).abs().max() < 0.3
+    assert (torch.corrcoef(unit[:, :16].t()) - torch.eye(16)).abs().max() < 0.3
+    monkeypatch.setattr(dummy_module, "_CPU_CHUNK_ELEMENTS", 1000)
+    again = torch.empty(512, 300)
+    DummyReader().read_into(again, piece)
+    assert torch.equal(again, values)
+
+
+@pytest.mark.parametrize("elements", [64, 1000, 1 << 20])
+def test_uploader_fills_what_the_reader_would(tmp_path: Path, elements: int) -> None:
+    source = open_model(save(tmp_path / "model"))
+    rank = deal(source.config, 2)[1]
+    ends = {"has_embedding": True, "has_head": True}
+    expected = load_shard(source, range(NUM_LAYERS), rank, dtype=torch.bfloat16, **ends)
+    found = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
+    done = 0
+    with SafetensorsReader(source) as reader:
+        uploader = Uploader(reader, torch.device("cpu"), torch.bfloat16, buffer_elements=elements)
+        with closing(uploader):
+            for piece in plan_pieces(source.config, range(NUM_LAYERS), rank, **ends):
+                out = found[piece.target][piece.target_row : piece.target_row + len(piece.rows)]
+                done += sum(uploader.add(out, piece))
+            done += sum(uploader.finish())
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert done == sum(tensor.numel() for tensor in expected.values())
+
+
+def test_uploader_passes_errors_on(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    state = state_of(folder)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_model(folder)
+    rank = deal(source.config, 1)[0]
+    with SafetensorsReader(source) as reader:
+        pieces = plan_pieces(source.config, range(2), rank, has_embedding=False, has_head=False)
+        piece = next(piece for piece in pieces if piece.layer == 1 and piece.part == "up")
+        uploader = Uploader(reader, torch.device("cpu"), torch.float32)
+        with closing(uploader):
+            list(uploader.add(torch.empty(len(piece.rows), len(piece.columns)), piece))
+            with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
+                list(uploader.finish())

@@ -18,7 +18,7 @@ from stagemesh.stage.engine.interface import RankFacts, StepOutput
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.models.llama import LlamaStage
 from stagemesh.stage.sampling.sampler import Sampler
-from stagemesh.stage.weights import dummy_shard, load_shard
+from stagemesh.stage.weights import load_shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,12 +62,16 @@ class TorchEngine:
         self._num_blocks = num_blocks
         first, last = layers.start == 0, layers.stop == config.num_layers
         began = time.perf_counter()
-        if dummy:
-            weights = dummy_shard(config, layers, deal, dtype=self._dtype, has_embedding=first, has_head=last)
-        else:
-            weights = load_shard(
-                source, layers, deal, dtype=self._dtype, has_embedding=first, has_head=last, progress=progress
-            )
+        weights = load_shard(
+            source,
+            layers,
+            deal,
+            dtype=self._dtype,
+            has_embedding=first,
+            has_head=last,
+            dummy=dummy,
+            progress=progress,
+        )
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in weights.values()

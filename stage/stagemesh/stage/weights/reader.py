@@ -12,7 +12,13 @@ from stagemesh.wire.errors import ModelError
 
 
 class WeightReader(ABC):
-    """Reads rectangles of tensors. Opened in the worker that keeps the result, closed when it has them."""
+    """Reads rectangles of tensors. Opened in the worker that keeps the result, closed when it has them.
+
+    read_into may be called from several threads at once.
+    """
+
+    fills_device = False
+    """Whether `out` may be on any device. Otherwise it must be on the CPU."""
 
     @abstractmethod
     def read_into(self, out: torch.Tensor, piece: Piece) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class SafetensorsReader(WeightReader):
         self._source = source
         self._files: dict[Path, tuple[Any, dict[str, TensorInfo]]] = {}
         self._stack = ExitStack()
+        self._lock = threading.Lock()
 
     def read_into(self, out: torch.Tensor, piece: Piece) -> None:
         name = _NAMES[piece.part].format(piece.layer)
@@ -48,7 +50,8 @@ class SafetensorsReader(WeightReader):
                 f"{self._source.path} has no tensor {name}, expected {list(piece.full_shape)}; "
                 "the model is incomplete, download it again"
             )
-        file, header = self._open(path, name)
+        with self._lock:
+            file, header = self._open(path, name)
         info = header.get(name)
         if info is None:
             raise ModelError(
