@@ -71,7 +71,7 @@ class Run:
 
     def submit(self, request: Request) -> None:
         """Also while it runs, from the hook."""
-        self.scheduler.submit(request)
+        self.scheduler.submit(request, 0.0)
         self.answers[request.request_id] = Answer(request)
 
 
@@ -184,7 +184,7 @@ class _Runner:
         for request in requests:
             self._run.submit(request)
         while scheduler.live:
-            step = scheduler.next_step()
+            step = scheduler.next_step(0.0)
             if step:
                 self._send(step)
                 self._pump(self._random.randrange(len(self._stages)))
@@ -226,7 +226,7 @@ class _Runner:
         for sequence in step.sequences:
             self._run.answers[sequence.request.request_id].num_preemptions = sequence.num_preemptions
         for delta in self._run.scheduler.take_result(
-            result.number, unpack(result.token_ids, U32, "token_ids")
+            result.number, unpack(result.token_ids, U32, "token_ids"), 0.0
         ):
             self._run.answers[delta.request.request_id].token_ids += delta.token_ids
         self._after_result(self._run)

@@ -134,7 +134,7 @@ def test_those_that_leave_do_not_disturb_the_others(
 
     def leave(run: Run) -> None:
         for name in gone:
-            if len(run.answers[name].token_ids) == 6 and run.scheduler.abort(name):
+            if len(run.answers[name].token_ids) == 6 and len(run.scheduler.abort(name)):
                 run.submit(make_request(f"after {name}", make_prompt(21, VOCAB_SIZE), 24))
 
     drive = Drive(lookahead=2, depth=4, held_results=3, num_blocks=150)

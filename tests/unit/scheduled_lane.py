@@ -51,6 +51,7 @@ class ScheduledLane:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.now = 0.0
         self.scheduler = Scheduler(limits)
         self.stage = ScheduledStage(limits)
         self.requests: dict[str, Request] = {}
@@ -64,19 +65,18 @@ class ScheduledLane:
         self._num_known: dict[str, int] = defaultdict(int)
 
     def submit(self, request: Request) -> None:
-        self.scheduler.submit(request)
+        self.scheduler.submit(request, self.now)
         self.requests[request.request_id] = request
 
     def abort(self, request_id: str) -> None:
-        delta = self.scheduler.abort(request_id)
-        assert delta is not None
+        (delta,) = self.scheduler.abort(request_id)
         assert delta.finish is Finish.ABORT
         assert not delta.token_ids
         self._end(request_id, Finish.ABORT)
 
     def step(self) -> Step | None:
         """Form and run a step; its result waits."""
-        step = self.scheduler.next_step()
+        step = self.scheduler.next_step(self.now)
         if step is None:
             return None
         self.steps.append(step)
@@ -104,7 +104,7 @@ class ScheduledLane:
         for name in names:
             self._num_known[name] += 1
         self.num_ignored += sum(name in self.finished for name in names)
-        for delta in self.scheduler.take_result(step.number, tokens):
+        for delta in self.scheduler.take_result(step.number, tokens, self.now):
             name = delta.request.request_id
             assert name not in self.finished, "tokens after the end"
             self.answers[name] += delta.token_ids

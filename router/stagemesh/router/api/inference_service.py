@@ -23,7 +23,7 @@ class InferenceService:
         self._requests = requests
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
-        stream = self._requests.start(request)
+        stream = self._requests.start(request, context.time_remaining())
         request_id = stream.request.request_id
         try:
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
@@ -40,7 +40,7 @@ class InferenceService:
             self._requests.abandon(stream)
 
     async def Session(self, requests: AsyncIterator[inference_pb2.SessionRequest], context: Context) -> None:
-        await Session(self._requests).run(requests, context)
+        await Session(self._requests, context.time_remaining()).run(requests, context)
 
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: Context

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from stagemesh.router.api.checking import check
 from stagemesh.router.api.history import SETTLE_S, RequestHistory
@@ -13,7 +14,7 @@ from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
-from stagemesh.router.scheduler import Delta, Request
+from stagemesh.router.scheduler import Delta, Finish, Request, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import DeadlineExceededError, StagemeshError, UnavailableError
@@ -42,7 +43,7 @@ class Requests:
             model.fingerprint,
             model.max_context,
             LaneEvents(
-                on_delta=self._take_delta,
+                on_deltas=self._take_deltas,
                 on_admitted=self._take_admitted,
                 on_lost=self._take_lost,
                 on_ready=on_ready,
@@ -61,12 +62,19 @@ class Requests:
         """Requests that have not ended."""
         return len(self._live)
 
-    def start(self, message: inference_pb2.GenerateRequest) -> RequestStream:
-        """Check a request and hand it to the lane; refusals are raised with the request's id."""
+    def start(self, message: inference_pb2.GenerateRequest, remaining_s: float | None) -> RequestStream:
+        """Check a request and hand it to the lane; refusals are raised with the request's id.
+
+        Args:
+            message: The request.
+            remaining_s: What is left of the caller's deadline; None if it has none.
+        """
         try:
             if self.draining:
                 raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
             request = check(message, self.model)
+            if remaining_s is not None:
+                request = replace(request, deadline=time.monotonic() + remaining_s)
             stream = RequestStream(request, self.model.tokenizer)
             self.lane.submit(request)
         except StagemeshError as error:
@@ -105,7 +113,16 @@ class Requests:
         for stream in list(self._live.values()):
             self._take_lost(stream.request, error)
 
+    def _take_deltas(self, deltas: StepDeltas) -> None:
+        for delta in deltas:
+            self._take_delta(delta)
+
     def _take_delta(self, delta: Delta) -> None:
+        if delta.finish is Finish.DEADLINE:
+            self._take_lost(
+                delta.request, DeadlineExceededError("the deadline passed before the answer was whole")
+            )
+            return
         stream = self._live.get(delta.request.request_id)
         if stream is None:
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -20,10 +22,15 @@ class Session:
 
     What comes in while a message is being written goes into the next one, so a slow client gets fewer and
     larger messages, never a queue that grows with every token.
+
+    Args:
+        requests: Of the router.
+        remaining_s: What is left of the call's deadline, which is every request's; None if it has none.
     """
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, remaining_s: float | None) -> None:
         self._requests = requests
+        self._deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
         self._streams: dict[str, RequestStream] = {}
         self._refused: list[inference_pb2.SessionEnd] = []
         self._changed: dict[str, RequestStream] = {}
@@ -65,7 +72,7 @@ class Session:
                     field="request_id",
                     reason="BAD_FIELD",
                 )
-            stream = self._requests.start(message)
+            stream = self._requests.start(message, self._deadline - time.monotonic())
         except StagemeshError as error:
             self._refused.append(_failed(message.request_id, error))
             self._wake.set()

@@ -14,7 +14,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.forming import open_links, open_stages
 from stagemesh.router.lane.stage_link import StageLink
-from stagemesh.router.scheduler import Delta, Limits, Request, Scheduler, Step
+from stagemesh.router.scheduler import Limits, Request, Scheduler, Step, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import encode
 from stagemesh.v1 import admin_pb2, stage_pb2
@@ -42,7 +42,8 @@ DRAINING = admin_pb2.LANE_STATE_DRAINING
 class LaneEvents:
     """What a lane tells its owner, in its event loop."""
 
-    on_delta: Callable[[Delta], None]
+    on_deltas: Callable[[StepDeltas], None]
+    """Never empty."""
     on_admitted: Callable[[Sequence], None]
     """The request's first step has been sent."""
     on_lost: Callable[[Request, StagemeshError], None]
@@ -93,15 +94,15 @@ class Lane:
                 request_id=request.request_id,
                 retry_after_s=1.0,
             )
-        self.scheduler.submit(request)
+        self.scheduler.submit(request, time.monotonic())
         self._pump_soon()
 
     def abort(self, request_id: str) -> bool:
         """End a request; its blocks are free at once. False if it was not live."""
-        delta = self.scheduler.abort(request_id) if self.scheduler else None
-        if delta is None:
+        deltas = self.scheduler.abort(request_id) if self.scheduler else StepDeltas()
+        if not len(deltas):
             return False
-        self._events.on_delta(delta)
+        self._events.on_deltas(deltas)
         self._pump_soon()
         return True
 
@@ -271,7 +272,9 @@ class Lane:
 
     def _pump(self) -> None:
         self._pumping = False
-        while self.scheduler and (step := self.scheduler.next_step()):
+        if self.scheduler and len(expired := self.scheduler.expire(time.monotonic())):
+            self._events.on_deltas(expired)
+        while self.scheduler and (step := self.scheduler.next_step(time.monotonic())):
             request = stage_pb2.ExecuteRequest(steps=[encode(step, self.epoch)]).SerializeToString()
             for stage in self.stages:
                 stage.send(request)
@@ -285,8 +288,10 @@ class Lane:
     def _take_response(self, stage: StageLink, response: stage_pb2.ExecuteResponse) -> None:
         try:
             if response.HasField("report") and response.report.epoch == self.epoch:
-                stage.timings.add(response.report)
+                numbers, times_ns = stage.timings.add(response.report)
                 stage.report = response.report
+                if self.scheduler and len(numbers):
+                    self.scheduler.take_timings(stage.index, numbers, times_ns)
             for result in response.results:
                 if self.scheduler and result.epoch == self.epoch:
                     self._take_result(self.scheduler, result)
@@ -300,8 +305,9 @@ class Lane:
         self._sent_at.pop(result.number, None)
         if self._step_log:
             self._log_result(result)
-        for delta in scheduler.take_result(result.number, unpack(result.token_ids, U32, "token_ids")):
-            self._events.on_delta(delta)
+        token_ids = unpack(result.token_ids, U32, "token_ids")
+        if len(deltas := scheduler.take_result(result.number, token_ids, time.monotonic())):
+            self._events.on_deltas(deltas)
 
     def _log_step(self, step: Step, num_bytes: int) -> None:
         assert self._step_log is not None

@@ -30,22 +30,23 @@ class StageTimings:
         self._columns = np.zeros((STEPS_KEPT, len(COLUMNS)), np.int64)
         self._busy: deque[tuple[float, int]] = deque()
 
-    def add(self, report: stage_pb2.StageReport) -> None:
-        """Take a report's columns."""
+    def add(self, report: stage_pb2.StageReport) -> tuple[Int64, Int64]:
+        """Take a report's columns; returns its step numbers, [n], and their times in nanoseconds, [n, 6]: when
+        each step reached the stage, on the stage's clock, then COLUMNS."""
         numbers = unpack(report.numbers, U64, "numbers").astype(np.int64)
-        if not len(numbers):
-            return
-        where = numbers % STEPS_KEPT
-        self._numbers[where] = numbers
-        self._arrivals[where] = unpack(report.arrival_ns, U64, "arrival_ns", len(numbers))
-        for index, name in enumerate(COLUMNS):
+        times_ns = np.zeros((len(numbers), 1 + len(COLUMNS)), np.int64)
+        for index, name in enumerate(("arrival", *COLUMNS)):
             data = getattr(report, f"{name}_ns")
             # A stage of the minor version before this one has no receive_ns; its parts leave a gap there.
-            self._columns[where, index] = (
-                unpack(data, U64, f"{name}_ns", len(numbers)) if data or name != "receive" else 0
-            )
-        compute = self._columns[where, COLUMNS.index("compute")]
-        self._busy.append((time.monotonic(), int(compute.sum())))
+            if data or name != "receive":
+                times_ns[:, index] = unpack(data, U64, f"{name}_ns", len(numbers))
+        if len(numbers):
+            where = numbers % STEPS_KEPT
+            self._numbers[where] = numbers
+            self._arrivals[where] = times_ns[:, 0]
+            self._columns[where] = times_ns[:, 1:]
+            self._busy.append((time.monotonic(), int(times_ns[:, 1 + COLUMNS.index("compute")].sum())))
+        return numbers, times_ns
 
     def clear(self) -> None:
         """A new epoch counts from 1 again."""

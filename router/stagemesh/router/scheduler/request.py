@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ class Finish(enum.Enum):
     """max_tokens reached."""
     ABORT = "abort"
     """Somebody ended it."""
+    DEADLINE = "deadline"
+    """Its deadline passed first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class Request:
     """Empty to ignore end tokens."""
     priority: int = 0
     """Higher goes first."""
+    deadline: float = math.inf
+    """When nobody waits for it any more: seconds on the clock that the scheduler's events are told."""
 
     @property
     def num_positions(self) -> int:

@@ -1,7 +1,8 @@
 """Continuous batching over paged KV, with lookahead.
 
-The scheduler is a state machine: `submit`, `abort` and `take_result` are its events, `next_step` its
-output. It has no clock and does no I/O, so the same class runs live, in tests and in virtual time.
+The scheduler is a state machine: `submit`, `abort`, `expire`, `take_result` and `take_timings` are its
+events, `next_step` its output. It has no clock and does no I/O: events say what time it is (`now`, seconds on
+any clock that does not go back), so the same class runs live, in tests and in virtual time.
 
 A step is formed from what is ready: decoding sequences first (those that waited longest), then prefill
 chunks of running sequences, then new sequences, up to a budget of tokens. A decoding sequence is ready
@@ -13,15 +14,18 @@ docs/architecture.md): whoever gets them computes later.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
 
 from stagemesh.router.scheduler.blocks import BlockPool
+from stagemesh.router.scheduler.deltas import StepDeltas
 from stagemesh.router.scheduler.prefix_index import block_key
-from stagemesh.router.scheduler.request import Delta, Finish, Request
+from stagemesh.router.scheduler.request import Finish, Request
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import Changes, Step
 from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
@@ -66,6 +70,7 @@ class Scheduler:
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self._waiting: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
         self._arrivals = 0
         self._number = 0
         self._in_flight: dict[int, Step] = {}
@@ -91,7 +96,7 @@ class Scheduler:
 
     # Events
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, now: float) -> None:
         """Queue a request. Refusals are raised: nothing else of the scheduler changes."""
         needed = -(-request.num_positions // self.limits.block_size)
         if needed > self.limits.num_blocks:
@@ -119,18 +124,31 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(request, order=self._arrivals, to_prefill=request.prompt)
         self._live[request.request_id] = sequence
+        if request.deadline < math.inf:
+            heappush(self._deadlines, (request.deadline, sequence.order, sequence))
         insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
 
-    def abort(self, request_id: str) -> Delta | None:
-        """End a request wherever it is; None if it is not live. Its blocks are free at once."""
+    def abort(self, request_id: str) -> StepDeltas:
+        """End a request wherever it is; empty if it is not live. Its blocks are free at once."""
         sequence = self._live.get(request_id)
         if sequence is None:
-            return None
+            return StepDeltas()
         self._finish(sequence, Finish.ABORT)
-        return Delta(sequence.request, [], Finish.ABORT)
+        return StepDeltas(ends=((sequence, Finish.ABORT),))
 
-    def take_result(self, number: int, token_ids: npt.NDArray[np.uint32]) -> list[Delta]:
-        """The tokens of the oldest unanswered step; returns what they mean for each request."""
+    def expire(self, now: float) -> StepDeltas:
+        """End every request whose deadline has passed; to be called before `next_step`, so that none of them
+        costs another step. Their blocks are free at once."""
+        ends = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heappop(self._deadlines)[2]
+            if sequence.finish is None:
+                self._finish(sequence, Finish.DEADLINE)
+                ends.append((sequence, Finish.DEADLINE))
+        return StepDeltas(ends=tuple(ends))
+
+    def take_result(self, number: int, token_ids: npt.NDArray[np.uint32], now: float) -> StepDeltas:
+        """The tokens of the oldest unanswered step; returns what they mean for the requests."""
         step = self._in_flight.pop(number, None)
         sequences = step.sampled_sequences if step else []
         if step is None or len(sequences) != len(token_ids):
@@ -143,23 +161,37 @@ class Scheduler:
         here = np.array([sequence.slot for sequence in step.sequences], np.int64) == step.slots
         self._steps_in_flight[step.slots[here]] -= 1
         self._unseen[step.slots[here & step.sample]] -= 1
-        deltas = []
-        for sequence, token in zip(sequences, token_ids.tolist(), strict=True):
+        rows, ends = [], []
+        for row, (sequence, token) in enumerate(zip(sequences, token_ids.tolist(), strict=True)):
             if sequence.finish is None:
                 sequence.token_ids.append(token)
                 if self.limits.prefix_cache:
                     self._publish_generated(sequence)
-                deltas.append(Delta(sequence.request, [token], self._finish_of(sequence, token)))
-        for delta in deltas:
-            if delta.finish:
-                self._finish(self._live[delta.request.request_id], delta.finish)
+                rows.append(row)
+                if finish := self._finish_of(sequence, token):
+                    ends.append((sequence, finish))
+        taken = np.empty(len(rows), np.object_)
+        taken[:] = [sequences[row] for row in rows]
+        slots = np.array([sequences[row].slot for row in rows], np.int64)
+        for sequence, finish in ends:
+            self._finish(sequence, finish)
         if self._yielding:
             self._yield_idle()
-        return deltas
+        return StepDeltas(sequences=taken, slots=slots, token_ids=token_ids[rows], ends=tuple(ends))
+
+    def take_timings(self, stage: int, numbers: Int64, times_ns: Int64) -> None:
+        """Where the time of some steps went on a stage, as it reported.
+
+        Args:
+            stage: Its place in the lane, from 0.
+            numbers: [n] steps.
+            times_ns: [n, 6] when each reached the stage, on the stage's clock, and what it took there: the
+                TIMES of `cost_model`.
+        """
 
     # Output
 
-    def next_step(self) -> Step | None:
+    def next_step(self, now: float) -> Step | None:
         """The next step, if there is work that may be sent now."""
         if len(self._in_flight) >= self.limits.depth:
             return None
@@ -171,7 +203,7 @@ class Scheduler:
         prefills = [(one, count) for one, count in prefills if one.slot >= 0 and one not in self._yielding]
         if not len(decodes) and not prefills:
             # Whoever was picked has just yielded: what it gave up makes work for others.
-            return self.next_step() if self.num_preemptions > yielded else None
+            return self.next_step(now) if self.num_preemptions > yielded else None
         step = self._make_step(self._number + 1, decodes, prefills)
         self._commit(step)
         return step
