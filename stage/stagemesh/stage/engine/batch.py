@@ -27,6 +27,23 @@ class SamplingColumns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockChanges:
+    """Blocks that joined block tables with a step: blocks[i] became entry indexes[i] of the table of slots[i]."""
+
+    slots: Int64
+    indexes: Int64
+    blocks: Int64
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+NO_CHANGES = BlockChanges(
+    slots=np.zeros(0, np.int64), indexes=np.zeros(0, np.int64), blocks=np.zeros(0, np.int64)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The rows of a step. R rows, T positions in all (T is the sum of counts), S sampled rows."""
 
@@ -54,6 +71,8 @@ class Batch:
     sampled_rows: Int64
     """[S] flat index of the last position of each sampled row."""
     sampling: SamplingColumns
+    changes: BlockChanges = NO_CHANGES
+    """For engines that keep the block tables on a device."""
 
     @property
     def num_tokens(self) -> int:

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.stage.engine.batch import Batch
-from stagemesh.stage.engine.interface import RankFacts, StepOutput
+from stagemesh.stage.engine.interface import HostEngine, RankFacts, StepOutput
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
-class SimEngine:
+class SimEngine(HostEngine):
     """Sleeps for each step's cost.
 
     A step ends at the later of its arrival and the previous step's end, plus its cost, whenever this process

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from stagemesh.stage.engine.batch import Batch, SamplingColumns
+from stagemesh.stage.engine.batch import NO_CHANGES, Batch, BlockChanges, SamplingColumns
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import F32, U8, U32, U64, unpack
 from stagemesh.wire.errors import InvalidArgumentError
@@ -69,9 +69,9 @@ class SlotTable:
         """
         self._release(step)
         self._admit(step.admissions)
-        self._append_blocks(step)
+        changes = self._append_blocks(step)
         slots, counts, input_steps, tokens, sample = self._rows(step)
-        batch = self._batch(step.number, slots, counts, input_steps, tokens, sample)
+        batch = self._batch(step.number, slots, counts, input_steps, tokens, sample, changes)
         self.positions[slots] += counts
         return batch
 
@@ -110,9 +110,9 @@ class SlotTable:
         self.num_table_blocks[slots] = 0
         self.sampled_by[slots] = 0
 
-    def _append_blocks(self, step: stage_pb2.Step) -> None:
+    def _append_blocks(self, step: stage_pb2.Step) -> BlockChanges:
         if not step.append_slots and not step.append_blocks:
-            return
+            return NO_CHANGES
         slots = self._slots(step.append_slots, "append_slots")
         blocks = unpack(step.append_blocks, U32, "append_blocks", len(slots))
         if blocks.max() >= self.num_blocks:
@@ -133,6 +133,9 @@ class SlotTable:
             )
         self.tables[ordered, index] = blocks[order]
         self.num_table_blocks[ordered[first]] += counts.astype(np.int32)
+        return BlockChanges(
+            slots=ordered, indexes=index.astype(np.int64), blocks=blocks[order].astype(np.int64)
+        )
 
     def _rows(
         self, step: stage_pb2.Step
@@ -189,6 +192,7 @@ class SlotTable:
         input_steps: npt.NDArray[np.uint64],
         tokens: Int64,
         sample: npt.NDArray[np.bool_],
+        changes: BlockChanges,
     ) -> Batch:
         starts = self.positions[slots]
         ends = starts + counts
@@ -234,10 +238,14 @@ class SlotTable:
                 top_ks=self.top_ks[sampled],
                 top_ps=self.top_ps[sampled],
             ),
+            changes=changes,
         )
 
-    def input_tokens(self, batch: Batch) -> Int64:
-        """The token of every flat position of the batch: from the step, or sampled by an earlier one."""
+    def input_tokens(self, batch: Batch, *, held: bool = False) -> Int64:
+        """The token of every flat position of the batch: from the step, or sampled by an earlier one.
+
+        With `held` the engine has the sampled ones: -1 - slot stands for the last token of a slot.
+        """
         from_ring = batch.input_steps > 0
         if not from_ring.any():
             return batch.given_tokens
@@ -246,7 +254,8 @@ class SlotTable:
         given = np.ones(len(tokens), np.bool_)
         given[ring_cells] = False
         tokens[given] = batch.given_tokens
-        tokens[ring_cells] = self.tokens[batch.slots[from_ring]]
+        from_slots = batch.slots[from_ring]
+        tokens[ring_cells] = -1 - from_slots if held else self.tokens[from_slots]
         return tokens
 
     def _slots(self, data: bytes, name: str) -> Int64:

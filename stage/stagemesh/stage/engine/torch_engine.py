@@ -14,7 +14,7 @@ from stagemesh.model.deal import RankDeal
 from stagemesh.model.source import ModelSource
 from stagemesh.stage.attention import TorchPagedAttention
 from stagemesh.stage.engine.batch import Batch, SamplingColumns
-from stagemesh.stage.engine.interface import RankFacts, StepOutput
+from stagemesh.stage.engine.interface import HostEngine, RankFacts, StepOutput
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.models.llama import LlamaStage
 from stagemesh.stage.sampling.sampler import Sampler
@@ -23,7 +23,7 @@ from stagemesh.stage.weights import load_shard
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TorchEngine:
+class TorchEngine(HostEngine):
     """One rank's layers, KV cache and sampler.
 
     Args:

@@ -44,6 +44,10 @@ class WorkerLane:
 
     request: stage_pb2.OpenLaneRequest
     slots: SlotTable
+    held_tokens: bool = False
+    """Sampled tokens reach this stage's engine without passing the host."""
+    linked_hidden: bool = False
+    """So do the activations."""
     pending: deque[PendingStep] = field(default_factory=deque)
     head: Batch | None = None
     next_number: int = 1
@@ -108,10 +112,10 @@ class WorkerLane:
         if not self.first:
             return (
                 ""
-                if number in self._hidden
+                if self.linked_hidden or number in self._hidden
                 else f"activations of step {number} from stage {self.request.stage_index - 1}"
             )
-        if self.head.newest_input > self._ring_step:
+        if not self.held_tokens and self.head.newest_input > self._ring_step:
             return f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
         return ""
 

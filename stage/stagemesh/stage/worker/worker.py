@@ -9,22 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import threading
 import time
 
 import numpy as np
 import numpy.typing as npt
 import zmq
 
-from stagemesh.stage.engine.interface import Engine
+from stagemesh.stage.engine.interface import Engine, StepInputs
 from stagemesh.stage.engine.slots import SlotTable
 from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
 from stagemesh.stage.worker.lane import WorkerLane
+from stagemesh.stage.worker.results import LaunchedStep, ResultThread
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import frame
 from stagemesh.wire.columns import F32, U32, U64, pack
 from stagemesh.wire.errors import StagemeshError
 
 log = logging.getLogger(__name__)
+
+DEVICE_FAILED = 3
+"""Exit code of a worker whose device failed."""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -61,14 +67,17 @@ class Worker:
         self._lane: WorkerLane | None = None
         self._idle_since_ns = time.monotonic_ns()
         self._waiting = ""
+        self._sending = threading.Lock()
+        self._results = ResultThread(self._finish, self._fail)
 
     def serve(self) -> None:
         """Run until the leader says stop."""
         facts = dataclasses.asdict(self._engine.facts())
-        self._outbox.send_multipart([ToLeader.READY, json.dumps(facts).encode()])
+        self._say(ToLeader.READY, json.dumps(facts).encode())
         while True:
             kind, *parts = self._inbox.recv_multipart(copy=False)
             if kind.bytes == ToWorker.STOP:
+                self._results.stop()
                 return
             try:
                 self._handle(ToWorker(kind.bytes), parts)
@@ -86,7 +95,7 @@ class Worker:
         elif kind is ToWorker.OPEN:
             self._open(stage_pb2.OpenLaneRequest.FromString(parts[0].bytes))
         elif kind is ToWorker.PING:
-            self._outbox.send_multipart([ToLeader.PONG, pack([self._rank], U64) + parts[0].bytes])
+            self._say(ToLeader.PONG, pack([self._rank], U64) + parts[0].bytes)
 
     def _open(self, request: stage_pb2.OpenLaneRequest) -> None:
         slots = SlotTable(
@@ -95,7 +104,12 @@ class Worker:
             block_size=self._block_size,
             num_blocks=request.num_blocks,
         )
-        self._lane = WorkerLane(request, slots)
+        # In this order: a result that completes from here on finds that its lane is not the worker's any more.
+        self._lane = None
+        self._engine.open(request)
+        lane = WorkerLane(request, slots)
+        lane.held_tokens = lane.first and lane.last and self._engine.holds_tokens
+        self._lane = lane
 
     def _take_steps(self, arrival_ns: int, data: bytes) -> None:
         for step in stage_pb2.ExecuteRequest.FromString(data).steps:
@@ -115,42 +129,56 @@ class Worker:
         first_ns, arrived_ns = lane.arrived_ns()
         pending, batch, hidden = lane.take_head()
         lane.slots.begin(batch)
-        began_ns = time.monotonic_ns()
-        tokens = lane.slots.input_tokens(batch) if lane.first else None
-        output = self._engine.run(
+        tokens = lane.slots.input_tokens(batch, held=lane.held_tokens) if lane.first else None
+        handle = self._engine.launch(
             batch,
-            arrived_ns=arrived_ns,
-            tokens=tokens,
-            hidden=hidden,
-            debug_logits=lane.request.debug_logits,
+            StepInputs(
+                arrived_ns=arrived_ns,
+                tokens=tokens,
+                hidden=hidden,
+                debug_logits=lane.request.debug_logits,
+            ),
         )
-        computed_ns = time.monotonic_ns()
-        if lane.first and lane.last:
+        launched = LaunchedStep(lane, pending.arrival_ns, first_ns, batch.number, handle)
+        if handle.done:
+            self._finish(launched)
+        else:
+            self._results.add(launched)
+
+    def _finish(self, step: LaunchedStep) -> None:
+        """Send on what a step left behind. Called in order of steps; for a device's from the result thread."""
+        lane, output = step.lane, step.handle.wait()
+        ended_ns = time.monotonic_ns()
+        if lane is not self._lane:  # poisoned: what completes after the epoch was raised is nobody's
+            return
+        if lane.first and lane.last and not lane.held_tokens:
             assert output.tokens is not None
-            lane.take_tokens(batch.number, output.tokens)
-        sent_bytes = 0
+            lane.take_tokens(step.number, output.tokens)
         if self._rank == 0:
+            sent_bytes = output.sent_bytes
             if output.tokens is not None:
-                sent_bytes = self._send_result(lane, batch.number, output.tokens, output.logits)
+                sent_bytes += self._send_result(lane, step.number, output.tokens, output.logits)
             elif output.hidden is not None:
-                sent_bytes = self._send_tensor(
-                    lane, stage_pb2.LINK_KIND_ACTIVATIONS, batch.number, output.hidden
+                sent_bytes += self._send_tensor(
+                    lane, stage_pb2.LINK_KIND_ACTIVATIONS, step.number, output.hidden
                 )
             sent_ns = time.monotonic_ns()
-            free_ns = max(self._idle_since_ns, pending.arrival_ns)
-            input_ns = max(free_ns, first_ns)
+            # A device that computes behind the host's back says itself how long it did.
+            began_ns = ended_ns - output.compute_ns
+            free_ns = min(max(self._idle_since_ns, step.arrival_ns), began_ns)
+            input_ns = began_ns if output.wait_ns else min(max(free_ns, step.first_ns), began_ns)
             timing = StepTiming(
                 epoch=lane.request.epoch,
-                number=batch.number,
-                arrival_ns=pending.arrival_ns,
-                queue_ns=free_ns - pending.arrival_ns,
+                number=step.number,
+                arrival_ns=step.arrival_ns,
+                queue_ns=max(0, free_ns - step.arrival_ns),
                 wait_ns=input_ns - free_ns,
                 receive_ns=began_ns - input_ns,
-                compute_ns=computed_ns - began_ns,
-                send_ns=sent_ns - computed_ns,
+                compute_ns=output.compute_ns,
+                send_ns=sent_ns - ended_ns,
                 sent_bytes=sent_bytes,
             )
-            self._outbox.send_multipart([ToLeader.DONE, timing.pack()])
+            self._say(ToLeader.DONE, timing.pack())
         self._idle_since_ns = time.monotonic_ns()
 
     def _send_result(self, lane: WorkerLane, number: int, tokens: IntArray, logits: FloatArray | None) -> int:
@@ -162,18 +190,30 @@ class Worker:
         if logits is not None:
             result.logits = pack(logits, F32)
         response = stage_pb2.ExecuteResponse(results=[result])
-        self._outbox.send_multipart([ToLeader.RESULT, response.SerializeToString()])
+        self._say(ToLeader.RESULT, response.SerializeToString())
         return sent
 
     def _send_tensor(self, lane: WorkerLane, kind: int, number: int, data: memoryview) -> int:
         header = TensorHeader(lane.request.epoch, kind, number)
-        self._outbox.send_multipart([ToLeader.TENSOR, header.pack(), data], copy=False)
+        with self._sending:
+            self._outbox.send_multipart([ToLeader.TENSOR, header.pack(), data], copy=False)
         return len(data)
+
+    def _say(self, kind: ToLeader, *parts: bytes) -> None:
+        # A socket is nobody's own here: the result thread sends through it too.
+        with self._sending:
+            self._outbox.send_multipart([kind, *parts])
 
     def _say_waiting(self, what: str) -> None:
         if what != self._waiting and self._rank == 0:
-            self._outbox.send_multipart([ToLeader.WAITING, what.encode()])
+            self._say(ToLeader.WAITING, what.encode())
         self._waiting = what
+
+    def _fail(self, error: BaseException) -> None:
+        """A device that fails takes its context with it: the worker ends and the leader starts the group again."""
+        log.error("a step failed on the device", exc_info=error)
+        logging.shutdown()
+        os._exit(DEVICE_FAILED)
 
     def _refuse(self, error: StagemeshError) -> None:
         """A step or frame broke the contract: the lane is dropped, the leader tells the router."""
@@ -181,4 +221,4 @@ class Worker:
         epoch = self._lane.request.epoch if self._lane else 0
         self._lane = None
         if self._rank == 0:
-            self._outbox.send_multipart([ToLeader.REFUSED, pack([epoch], U64), str(error).encode()])
+            self._say(ToLeader.REFUSED, pack([epoch], U64), str(error).encode())
