@@ -10,10 +10,10 @@ PROTOS := $(wildcard protos/stagemesh/v1/*.proto)
 STUBS := $(wildcard protos/stagemesh/v1/stage_pb2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint format bench device-kit clean always
+.PHONY: help setup model demo test compose-test lint format bench device-kit clean always
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMP) ## the virtual environment in .venv, with everything in it
 
@@ -32,7 +32,10 @@ demo: model ## three stages, one with TP=2, answer a question
 	@$(BIN)/python examples/demo.py $(MODEL)
 
 test: model ## every test that needs no GPU
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not compose'
+
+compose-test: model ## the mesh of compose/ in a Docker engine; installs what it needs on Debian
+	$(BIN)/python -m pytest -m compose -x -v -s tests/compose
 
 lint: $(STAMP) ## ruff, mypy and buf
 	$(BIN)/ruff check .

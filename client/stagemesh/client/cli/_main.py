@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "Talk to the model; the conversation is kept.",
     "status": "Show the stages and the state of the mesh.",
     "trace": "Show where the time of a request went, stage by stage.",
+    "health": "Ask a router or a stage whether it is ready.",
     "stage": "Run one stage.",
     "router": "Run the router.",
 }
