@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,19 +193,13 @@ def prefill_rate(client: Client, prompt: list[int]) -> float:
 
 
 def decode_rate(client: Client, batch: Prompts) -> float:
-    """Tokens per second at the client while every stream decodes."""
+    """Tokens per second at the client while every stream decodes; all of them share one connection."""
     arrivals: list[list[float]] = [[] for _ in batch]
-
-    def read(index: int) -> None:
-        options = {"max_tokens": OUTPUT_TOKENS, "temperature": 0.0, "ignore_eos": True}
-        for chunk in client.generate(token_ids=batch[index], **options):  # type: ignore[arg-type]
-            arrivals[index] += [time.perf_counter()] * len(chunk.token_ids)
-
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(len(batch))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    stream = client.generate_many(batch, max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
+    for index, chunk in stream:
+        if chunk.error is not None:
+            raise chunk.error
+        arrivals[index] += [time.perf_counter()] * len(chunk.token_ids)
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     counted = sum(begin < at <= end for times in arrivals for at in times)
     return counted / (end - begin)

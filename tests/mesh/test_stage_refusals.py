@@ -36,7 +36,7 @@ def stub(channel: grpc.Channel) -> stage_pb2_grpc.StageServiceStub:
 
 
 def lane(epoch: int, **fields: Any) -> stage_pb2.OpenLaneRequest:
-    values = {"num_stages": 1, "num_blocks": 8, "max_slots": 4, "depth": 2, "step_timeout_ms": 10_000}
+    values = {"num_stages": 1, "num_blocks": 8, "max_slots": 4, "depth": 2}
     return stage_pb2.OpenLaneRequest(lane_id="test", epoch=epoch, **values | fields)
 
 

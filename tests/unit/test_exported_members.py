@@ -17,7 +17,7 @@ StageLostError StagemeshError StartupError TokenStream UnavailableError Unimplem
 FLAGS = {
     "up": """
         --admin --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
-        --kv-memory --link-timeout-s --listen --load-format --log-json --log-level --lookahead
+        --kv-memory --linears --link-timeout-s --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share
         --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache
         --ready-file --served-model-name

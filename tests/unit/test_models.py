@@ -21,6 +21,7 @@ from stagemesh.stage.models.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from stagemesh.stage.models.product import Layout, fastest_layout, pack_gated
 from stagemesh.stage.models.rope import RotaryTable, rotate
 
 CONFIG = ModelConfig(
@@ -37,6 +38,10 @@ CONFIG = ModelConfig(
     max_context=200,
 )
 LLAMA3 = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32)
+
+LAYOUTS: list[Layout] = ["transposed"]
+if torch.backends.mkldnn.is_available():
+    LAYOUTS.append("onednn")
 
 
 class SumGroup(RankGroup):
@@ -88,16 +93,40 @@ def test_rotation_depends_on_distance_alone_and_leaves_its_input() -> None:
     assert torch.equal(rotate(query, *table.at(torch.tensor([0]))), query)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 40])
-def test_linears(rows: int) -> None:
+def test_linears(rows: int, layout: Layout) -> None:
     torch.manual_seed(2)
-    weight, x = torch.randn(24, 10), torch.randn(rows, 10)
-    torch.testing.assert_close(Linear(weight)(x), F.linear(x, weight), rtol=1e-4, atol=1e-5)
+    weight, x, residual = torch.randn(24, 10), torch.randn(rows, 10), torch.randn(rows, 24)
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(Linear(weight, layout)(x), expected, rtol=1e-4, atol=1e-5)
     rest = F.linear(x[:, 7:], weight[:, 7:])
-    split = RowParallelLinear(weight[:, :7], SumGroup(0, rest))
-    torch.testing.assert_close(split(x[:, :7]), F.linear(x, weight), rtol=1e-4, atol=1e-5)
-    alone = RowParallelLinear(weight, RankGroup())
-    torch.testing.assert_close(alone(x), F.linear(x, weight), rtol=1e-4, atol=1e-5)
+    split = RowParallelLinear(weight[:, :7], SumGroup(0, rest), layout)
+    torch.testing.assert_close(split(x[:, :7]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(split(x[:, :7], residual), expected + residual, rtol=1e-4, atol=1e-5)
+    second = RowParallelLinear(weight[:, :7], SumGroup(1, rest), layout)
+    torch.testing.assert_close(second(x[:, :7], residual), expected, rtol=1e-4, atol=1e-5)
+    alone = RowParallelLinear(weight, RankGroup(), layout)
+    before = residual.clone()
+    torch.testing.assert_close(alone(x, residual), expected + residual, rtol=1e-4, atol=1e-5)
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gated_products(rows: int, dtype: torch.dtype, layout: Layout) -> None:
+    torch.manual_seed(6)
+    weight, x = torch.randn(2 * 13, 10).to(dtype), torch.randn(rows, 10).to(dtype)
+    gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    out = pack_gated(weight, layout)(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), F.silu(gate) * up, rtol=tolerance, atol=tolerance)
+
+
+def test_the_layout_is_one_this_machine_has() -> None:
+    assert fastest_layout() in LAYOUTS
 
 
 def test_norm() -> None:
@@ -120,13 +149,17 @@ def test_embedding_of_a_rank_is_zero_outside_its_range() -> None:
     assert not high[[0, 1, 4]].any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 17])
-def test_head(rows: int) -> None:
+def test_head(rows: int, layout: Layout) -> None:
     torch.manual_seed(5)
     weight, hidden = torch.randn(50, 6), torch.randn(rows, 6)
-    logits = VocabParallelHead(weight)(hidden)
+    head = VocabParallelHead(weight, layout, tied=True)
+    assert head.copied_bytes == (50 * 6 * 4 if layout == "onednn" else 0)
+    assert VocabParallelHead(weight, layout, tied=False).copied_bytes == 0
+    logits = head(hidden)
     assert logits.is_contiguous()
     torch.testing.assert_close(logits, F.linear(hidden, weight), rtol=1e-4, atol=1e-5)
-    half = VocabParallelHead(weight.bfloat16())(hidden.bfloat16())
+    half = VocabParallelHead(weight.bfloat16(), layout, tied=False)(hidden.bfloat16())
     assert half.dtype == torch.float32
     assert not math.isnan(float(half.sum()))

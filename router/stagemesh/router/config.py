@@ -87,6 +87,7 @@ class RouterConfig(_Settings):
     step_timeout_s: float = Field(
         default=60.0, gt=0, description="A step unanswered for longer means a lost stage."
     )
+    link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
     heartbeat_timeout_s: float = Field(default=5.0, gt=0, description="A stage silent for longer is lost.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")

@@ -49,7 +49,10 @@ class StageConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="dummy: random weights from config.json alone."
     )
-    link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
+    linears: Literal["auto", "transposed", "onednn"] = Field(
+        default="auto",
+        description="Layout of the weights on a CPU; auto: the faster one for its maker's CPUs.",
+    )
     group_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds a rank waits for another in a collective."
     )

@@ -25,7 +25,7 @@ STAGE_OPTIONS = (
     "threads",
     "shared_cores",
     "load_format",
-    "link_timeout_s",
+    "linears",
 )
 """Fields of StageConfig that `up` takes and gives to every stage."""
 ROUTER_OPTIONS = (
@@ -39,6 +39,7 @@ ROUTER_OPTIONS = (
     "prefix_cache",
     "max_in_flight",
     "step_timeout_s",
+    "link_timeout_s",
     "heartbeat_timeout_s",
     "debug_logits",
     "step_log",

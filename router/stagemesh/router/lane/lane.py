@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.25
 RETRY_S = 1.0
-LINK_TIMEOUT_S = 20.0
 
 FORMING = admin_pb2.LANE_STATE_FORMING
 READY = admin_pb2.LANE_STATE_READY
@@ -163,11 +162,10 @@ class Lane:
                 num_blocks=limits.num_blocks,
                 max_slots=limits.max_slots,
                 depth=limits.depth,
-                step_timeout_ms=int(self._config.step_timeout_s * 1000),
                 debug_logits=self._config.debug_logits,
             ),
         )
-        await open_links(self.stages, self.epoch, LINK_TIMEOUT_S)
+        await open_links(self.stages, self.epoch, self._config.link_timeout_s)
         self._lost = asyncio.get_running_loop().create_future()
         for stage in self.stages:
             stage.timings.clear()

@@ -17,6 +17,7 @@ from stagemesh.stage.engine.batch import Batch, SamplingColumns
 from stagemesh.stage.engine.interface import HostEngine, RankFacts, StepOutput
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.models.llama import LlamaStage
+from stagemesh.stage.models.product import Layout, fastest_layout
 from stagemesh.stage.sampling.sampler import Sampler
 from stagemesh.stage.weights import load_shard
 
@@ -35,6 +36,7 @@ class TorchEngine(HostEngine):
         num_blocks: KV blocks.
         block_size: Tokens of a block.
         max_context: Tokens of a sequence at most.
+        layout: Of the weights in memory; None: this machine's fastest.
         dummy: Random weights instead of the model's.
         progress: Called with (bytes read, bytes in all) while loading.
         start_seconds: What the process spent before, by phase.
@@ -51,6 +53,7 @@ class TorchEngine(HostEngine):
         num_blocks: int,
         block_size: int,
         max_context: int,
+        layout: Layout | None = None,
         dummy: bool = False,
         progress: Callable[[int, int], None] | None = None,
         start_seconds: dict[str, float] | None = None,
@@ -79,8 +82,17 @@ class TorchEngine(HostEngine):
         self._weight_bytes = sum(storages.values())
         read = time.perf_counter()
         self._model = LlamaStage(
-            config, layers, deal, weights, group, dtype=self._dtype, max_context=max_context
+            config,
+            layers,
+            deal,
+            weights,
+            group,
+            dtype=self._dtype,
+            max_context=max_context,
+            layout=layout or fastest_layout(),
         )
+        if self._model.head is not None:
+            self._weight_bytes += self._model.head.copied_bytes
         self._attention = TorchPagedAttention(
             num_layers=len(layers),
             num_blocks=num_blocks,

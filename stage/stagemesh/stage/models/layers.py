@@ -1,9 +1,4 @@
-"""The building blocks every model shares, sharded over the ranks of a stage.
-
-A CPU linear keeps its weight transposed, [in, out]: with it MKL reads the weight at full bandwidth for
-one row and reaches blocked speed from a few rows on, where the [out, in] layout falls back to something
-three times slower (docs/performance.md, "CPU linears").
-"""
+"""The building blocks every model shares, sharded over the ranks of a stage."""
 
 from __future__ import annotations
 
@@ -12,33 +7,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from stagemesh.stage.group import RankGroup
+from stagemesh.stage.models.product import Layout, Product, pack
 
 
 class Linear(nn.Module):
     """y = x W^T for a weight [out, in]; column-parallel when the weight is a slice of the rows."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, layout: Layout) -> None:
         super().__init__()
-        self.weight = weight.t().contiguous()
+        self._product = pack(weight, layout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out]."""
-        return x @ self.weight
+        return self._product(x)
 
 
-class RowParallelLinear(Linear):
+class RowParallelLinear(nn.Module):
     """A linear whose weight is a slice of the columns: the ranks' partial results are summed."""
 
-    def __init__(self, weight: torch.Tensor, group: RankGroup) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: torch.Tensor, group: RankGroup, layout: Layout) -> None:
+        super().__init__()
+        self._product = pack(weight, layout)
         self._group = group
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[T, in of this rank] to [T, out], equal on every rank; with `residual` [T, out] added."""
         # One rank adds the residual within its product, so that the sum over the ranks has it once.
-        if residual is not None and self._group.rank == 0:
-            return self._group.all_reduce(torch.addmm(residual, x, self.weight))
-        return self._group.all_reduce(x @ self.weight)
+        return self._group.all_reduce(self._product(x, residual if self._group.rank == 0 else None))
 
 
 class RMSNorm(nn.Module):
@@ -78,16 +73,33 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Logits of this rank's range of the vocabulary. The weight may be the embedding's own storage."""
+    """Logits of this rank's range of the vocabulary.
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    A tied weight is the embedding's own storage, and stays in its layout unless the layout is oneDNN's:
+    then the head has a copy, which `copied_bytes` counts.
+
+    Args:
+        weight: [vocab part, hidden].
+        layout: Of the weights of this process.
+        tied: Whether the embedding of this process looks its rows up in `weight`.
+    """
+
+    def __init__(self, weight: torch.Tensor, layout: Layout, *, tied: bool) -> None:
         super().__init__()
-        self.weight = weight
+        self._packed: Product | None = None
+        self._weight = weight
+        self.copied_bytes = 0
+        if layout == "onednn":
+            self._packed = pack(weight, layout)
+            self._weight = weight[:0]
+            self.copied_bytes = weight.nbytes if tied else 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden] to [S, vocab part], float32."""
-        if hidden.shape[0] <= 2:
-            logits = hidden @ self.weight.t()
+        if self._packed is not None:
+            logits = self._packed(hidden)
+        elif hidden.shape[0] <= 2:
+            logits = hidden @ self._weight.t()
         else:  # the product with the weight on the left is the faster one from a few rows on
-            logits = (self.weight @ hidden.t()).t().contiguous()
+            logits = (self._weight @ hidden.t()).t().contiguous()
         return logits.float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from stagemesh.model.config import ModelConfig
@@ -17,6 +16,7 @@ from stagemesh.stage.models.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from stagemesh.stage.models.product import Layout, pack_gated
 from stagemesh.stage.models.rope import RotaryTable, rotate
 
 Weights = dict[str, torch.Tensor]
@@ -26,14 +26,20 @@ class Attention(nn.Module):
     """Grouped-query attention over this rank's heads."""
 
     def __init__(
-        self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup
+        self,
+        config: ModelConfig,
+        deal: RankDeal,
+        weights: Weights,
+        prefix: str,
+        group: RankGroup,
+        layout: Layout,
     ) -> None:
         super().__init__()
         self._heads = len(deal.heads)
         self._kv_heads = len(deal.kv_heads)
         self._head_dim = config.head_dim
-        self.qkv = Linear(weights.pop(f"{prefix}.qkv"))
-        self.out = RowParallelLinear(weights.pop(f"{prefix}.o"), group)
+        self.qkv = Linear(weights.pop(f"{prefix}.qkv"), layout)
+        self.out = RowParallelLinear(weights.pop(f"{prefix}.o"), group, layout)
 
     def forward(
         self,
@@ -54,29 +60,33 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward network, this rank's columns of it."""
 
-    def __init__(self, weights: Weights, prefix: str, group: RankGroup) -> None:
+    def __init__(self, weights: Weights, prefix: str, group: RankGroup, layout: Layout) -> None:
         super().__init__()
-        self.gate_up = Linear(weights.pop(f"{prefix}.gate_up"))
-        self.down = RowParallelLinear(weights.pop(f"{prefix}.down"), group)
+        self._gated = pack_gated(weights.pop(f"{prefix}.gate_up"), layout)
+        self.down = RowParallelLinear(weights.pop(f"{prefix}.down"), group, layout)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[T, hidden] to [T, hidden], the residual added."""
-        both = self.gate_up(x)
-        columns = both.shape[-1] // 2
-        return self.down(F.silu(both[:, :columns]).mul_(both[:, columns:]), residual)
+        return self.down(self._gated(x), residual)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with its norm and residual."""
 
     def __init__(
-        self, config: ModelConfig, deal: RankDeal, weights: Weights, prefix: str, group: RankGroup
+        self,
+        config: ModelConfig,
+        deal: RankDeal,
+        weights: Weights,
+        prefix: str,
+        group: RankGroup,
+        layout: Layout,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(weights.pop(f"{prefix}.attn_norm"), config.rms_norm_eps)
-        self.attention = Attention(config, deal, weights, prefix, group)
+        self.attention = Attention(config, deal, weights, prefix, group, layout)
         self.mlp_norm = RMSNorm(weights.pop(f"{prefix}.mlp_norm"), config.rms_norm_eps)
-        self.mlp = MLP(weights, prefix, group)
+        self.mlp = MLP(weights, prefix, group, layout)
 
     def forward(
         self,
@@ -107,16 +117,17 @@ class LlamaStage(nn.Module):
         *,
         dtype: torch.dtype,
         max_context: int,
+        layout: Layout = "transposed",
     ) -> None:
         super().__init__()
         self._rotary = RotaryTable(config, max_context, dtype)
         embed, head = weights.pop("embed", None), weights.pop("head", None)
         self.embedding = VocabParallelEmbedding(embed, deal.vocab, group) if embed is not None else None
         self.layers = nn.ModuleList(
-            DecoderLayer(config, deal, weights, f"layers.{index}", group) for index in layers
+            DecoderLayer(config, deal, weights, f"layers.{index}", group, layout) for index in layers
         )
         self.norm = RMSNorm(weights.pop("norm"), config.rms_norm_eps) if head is not None else None
-        self.head = VocabParallelHead(head) if head is not None else None
+        self.head = VocabParallelHead(head, layout, tied=head is embed) if head is not None else None
 
     def forward(
         self, inputs: torch.Tensor, positions: torch.Tensor, attention: PagedAttention

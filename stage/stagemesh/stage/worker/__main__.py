@@ -18,7 +18,7 @@ from stagemesh.stage.plan import ITEMSIZE, StagePlan, plan_stage
 from stagemesh.stage.worker.spec import WorkerSpec
 from stagemesh.stage.worker.worker import Worker
 from stagemesh.wire.columns import U64, pack
-from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.errors import ConfigError, StagemeshError
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.process import die_with_parent
 
@@ -88,6 +88,8 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, outbox: zmq.Socket[bytes]) 
 
     # Activations are read where they arrived, in memory that is not writable; nothing writes them.
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
+    if spec.config.linears == "onednn" and not torch.backends.mkldnn.is_available():
+        raise ConfigError("--linears onednn: this torch has no oneDNN; leave the flag out")
     torch.set_num_threads(spec.config.num_threads)
     imported = time.perf_counter()
     group = RankGroup.connect(
@@ -111,6 +113,7 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, outbox: zmq.Socket[bytes]) 
         num_blocks=plan.num_blocks,
         block_size=spec.config.block_size,
         max_context=plan.max_context,
+        layout=None if spec.config.linears == "auto" else spec.config.linears,
         dummy=spec.config.load_format == "dummy",
         progress=progress,
         start_seconds={"import": imported - began},
