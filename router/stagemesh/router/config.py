@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -90,6 +90,10 @@ class RouterConfig(_Settings):
     link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
     heartbeat_timeout_s: float = Field(default=5.0, gt=0, description="A stage silent for longer is lost.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
+    trace: Literal["requests", "full"] = Field(
+        default="requests",
+        description="Spans of a sampled request; full: one for each of its decode steps on each stage too.",
+    )
     debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")
     step_log: str | None = Field(
         default=None, description="For tests and debugging: a file that gets a JSON line a step."

@@ -14,6 +14,7 @@ from stagemesh.router.api.inference_service import InferenceService
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.served_model import load_served_model
 from stagemesh.router.config import RouterConfig
+from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import admin_pb2, inference_pb2
 from stagemesh.wire.address import check_listen, split_address
 from stagemesh.wire.errors import UnavailableError
@@ -42,6 +43,9 @@ async def _serve(config: RouterConfig) -> None:
     for address in config.stages:
         split_address(address, key="--stage")
     model = load_served_model(config)
+    tracing = RouterTracing.start(
+        listen=config.listen, model_name=model.name, every_step=config.trace == "full"
+    )
     public, admin = make_server(), make_server()
     health, admin_health = add_health(public), add_health(admin)
 
@@ -53,7 +57,7 @@ async def _serve(config: RouterConfig) -> None:
 
     background: set[asyncio.Task[None]] = set()
     on_ready(False)
-    requests = Requests(config, model, on_ready)
+    requests = Requests(config, model, on_ready, tracing)
     inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
     administration = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
     add_service(public, inference, InferenceService(requests))
@@ -82,3 +86,5 @@ async def _serve(config: RouterConfig) -> None:
         lane.cancel()
         await asyncio.gather(lane, waiter, return_exceptions=True)
         await asyncio.gather(public.stop(SHUTDOWN_GRACE_S), admin.stop(SHUTDOWN_GRACE_S))
+        if tracing:
+            await asyncio.to_thread(tracing.close)

@@ -86,6 +86,8 @@ class StepTiming:
     sent_bytes: int
 
     _LAYOUT = struct.Struct("<9Q")
+    SIZE = _LAYOUT.size
+    """Bytes of a packed one."""
 
     def pack(self) -> bytes:
         return self._LAYOUT.pack(

@@ -13,7 +13,9 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.leader import SERVICE_NAME, StageLeader
 from stagemesh.stage.leader.service import RAW_METHODS, StageService
+from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.plan import plan_stage
+from stagemesh.stage.telemetry import start_exporter
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.logs import setup_logging
@@ -38,10 +40,13 @@ async def _serve(config: StageConfig, name: str) -> None:
         loop.add_signal_handler(number, stopped.set)
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
+    exporter = start_exporter(config)
     server = make_server()
     health = add_health(server)
     await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
-    leader = StageLeader(config, plan, name, health, version("stagemesh"))
+    leader = StageLeader(
+        config, plan, name, health, version("stagemesh"), StepSpans(exporter) if exporter else None
+    )
     descriptor = stage_pb2.DESCRIPTOR.services_by_name["StageService"]
     add_service(server, descriptor, StageService(leader), raw=RAW_METHODS)
     add_reflection(server, descriptor)
@@ -62,3 +67,5 @@ async def _serve(config: StageConfig, name: str) -> None:
         supervisor.cancel()
         await asyncio.gather(supervisor, waiter, return_exceptions=True)
         await server.stop(SHUTDOWN_GRACE_S)
+        if exporter:
+            await asyncio.to_thread(exporter.close)

@@ -13,6 +13,7 @@ from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import admin_pb2
 
 REQUESTS_KEPT = 1_000
@@ -33,10 +34,12 @@ class RequestHistory:
 
     Args:
         stages: Of the lane; their timings are read when a trace is made.
+        tracing: Gets the sampled ones when they have ended.
     """
 
-    def __init__(self, stages: Seq[StageLink]) -> None:
+    def __init__(self, stages: Seq[StageLink], tracing: RouterTracing | None = None) -> None:
         self._stages = stages
+        self._tracing = tracing
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def add(self, stream: RequestStream, sequence: Sequence | None) -> None:
@@ -49,6 +52,11 @@ class RequestHistory:
         """Work out an ended request's times while the stages' are still kept, and let go of the rest."""
         record = self._records.get(request_id)
         if record and record.sequence:
+            request = record.stream.request
+            if self._tracing and request.trace:
+                self._tracing.requests.add(
+                    request.trace, record.stream.times, record.sequence, self._stages, self._tracing.steps.ids
+                )
             record.stages = self._traces(record.sequence)
             record.sequence = None
 
@@ -69,6 +77,7 @@ class RequestHistory:
             prompt_tokens=len(stream.request.prompt),
             output_tokens=stream.num_tokens,
             stages=stages,
+            trace_id=stream.request.trace[:16].hex(),
         )
         if times.first_token:
             response.ttft_ms = (times.first_token - times.arrived) * 1e3

@@ -10,6 +10,7 @@ import grpc.aio
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.session import Session
 from stagemesh.v1 import inference_pb2
+from stagemesh.wire.telemetry.context import TRACEPARENT_KEY
 
 REQUEST_ID_KEY = "stagemesh-request-id"
 
@@ -23,6 +24,9 @@ class InferenceService:
         self._requests = requests
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        if self._requests.tracing and not request.traceparent:
+            metadata = dict(context.invocation_metadata() or ())
+            request.traceparent = metadata.get(TRACEPARENT_KEY, "")
         stream = self._requests.start(request, context.time_remaining())
         request_id = stream.request.request_id
         try:

@@ -16,6 +16,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
 from stagemesh.router.scheduler import Delta, Finish, Request, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import DeadlineExceededError, StagemeshError, UnavailableError
 
@@ -29,6 +30,7 @@ class Requests:
         config: Of the router.
         model: It serves.
         on_ready: Called when the mesh can, or can no longer, take requests.
+        tracing: None where it is off.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Requests:
         config: RouterConfig,
         model: ServedModel,
         on_ready: Callable[[bool], None],
+        tracing: RouterTracing | None = None,
     ) -> None:
         self.model = model
+        self.tracing = tracing
         self.lane = Lane(
             config,
             model.fingerprint,
@@ -48,8 +52,9 @@ class Requests:
                 on_lost=self._take_lost,
                 on_ready=on_ready,
             ),
+            tracing.steps if tracing else None,
         )
-        self.history = RequestHistory(self.lane.stages)
+        self.history = RequestHistory(self.lane.stages, tracing)
         self.draining = False
         self.num_finished = 0
         self.num_failed = 0
@@ -69,17 +74,23 @@ class Requests:
             message: The request.
             remaining_s: What is left of the caller's deadline; None if it has none.
         """
+        trace = self.tracing.server.begin(message) if self.tracing else None
         try:
             if self.draining:
                 raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
             request = check(message, self.model)
             if remaining_s is not None:
                 request = replace(request, deadline=time.monotonic() + remaining_s)
+            if trace:
+                request = replace(request, trace=trace.context)
             stream = RequestStream(request, self.model.tokenizer)
+            stream.trace = trace
             self.lane.submit(request)
         except StagemeshError as error:
             error.request_id = error.request_id or message.request_id
             self.num_failed += 1
+            if trace and self.tracing:
+                self.tracing.server.refuse(trace, error)
             raise
         self._live[request.request_id] = stream
         if message.timeout_ms:
@@ -164,4 +175,6 @@ class Requests:
         del self._live[request_id]
         if stream.expiry:
             stream.expiry.cancel()
+        if stream.trace and self.tracing:
+            self.tracing.server.end(stream.trace, stream)
         asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, request_id)

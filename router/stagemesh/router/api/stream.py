@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from stagemesh.router.scheduler import Delta, Finish, Request
 from stagemesh.router.text import IncrementalDetokenizer, Tokenizer
+from stagemesh.router.tracing.request_trace import RequestTrace
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import StagemeshError
 
@@ -46,6 +47,8 @@ class RequestStream:
         """Prompt tokens found in the prefix cache."""
         self.finish: Finish | None = None
         self.error: StagemeshError | None = None
+        self.trace: RequestTrace | None = None
+        """Set where the request is sampled."""
         self.on_change: Callable[[RequestStream], None] | None = None
         """Called at every push and at the end, by a writer that serves many streams."""
         self.expiry: asyncio.TimerHandle | None = None

@@ -14,9 +14,11 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.forming import open_links, open_stages
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Limits, Request, Scheduler, Step, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import encode
+from stagemesh.router.tracing.step_spans import StepSpans
 from stagemesh.v1 import admin_pb2, stage_pb2
 from stagemesh.wire.columns import U32, unpack
 from stagemesh.wire.errors import (
@@ -59,22 +61,31 @@ class Lane:
         model_fingerprint: What every stage must have.
         max_context: Tokens of a sequence that every stage must take.
         events: Whom to tell.
+        spans: Traces the steps; None where tracing is off.
     """
 
     def __init__(
-        self, config: RouterConfig, model_fingerprint: str, max_context: int, events: LaneEvents
+        self,
+        config: RouterConfig,
+        model_fingerprint: str,
+        max_context: int,
+        events: LaneEvents,
+        spans: StepSpans | None = None,
     ) -> None:
         self.lane_id = "lane-0"
         self._config = config
         self._fingerprint = model_fingerprint
         self._max_context = max_context
         self._events = events
+        self._spans = spans
+        self.records = StepRecords()
         self.stages = [StageLink(index, address) for index, address in enumerate(config.stages)]
         self.state: admin_pb2.LaneState = FORMING
         self.reason = "starting"
         self.epoch = 0
         self.limiting_stage = 0
         self.num_steps = 0
+        self.num_formed = 0
         self.scheduler: Scheduler | None = None
         self._sent_at: dict[int, float] = {}
         self._lost: asyncio.Future[StageLostError] | None = None
@@ -173,7 +184,11 @@ class Lane:
             stage.execute(self.epoch, self._take_response, self._lose)
         self.scheduler = Scheduler(limits)
         self.num_steps = 0
+        self.num_formed += 1
         self._sent_at.clear()
+        self.records.clear()
+        if self._spans:
+            self._spans.open_lane(self.epoch, limits.max_slots)
         self.limiting_stage = min(members, key=lambda member: member.description.num_blocks).index
         self.state, self.reason, self._said = READY, "", ""
         log.info(
@@ -273,10 +288,14 @@ class Lane:
         if self.scheduler and len(expired := self.scheduler.expire(time.monotonic())):
             self._events.on_deltas(expired)
         while self.scheduler and (step := self.scheduler.next_step(time.monotonic())):
-            request = stage_pb2.ExecuteRequest(steps=[encode(step, self.epoch)]).SerializeToString()
+            sent_ns = time.monotonic_ns()
+            traceparent = self._spans.step_sent(step, sent_ns) if self._spans else ""
+            message = encode(step, self.epoch, traceparent)
+            request = stage_pb2.ExecuteRequest(steps=[message]).SerializeToString()
             for stage in self.stages:
                 stage.send(request)
-            self._sent_at[step.number] = time.monotonic()
+            self._sent_at[step.number] = sent_ns / 1e9
+            self.records.sent(step, sent_ns)
             self.num_steps += 1
             for sequence in step.changes.admitted:
                 self._events.on_admitted(sequence)
@@ -286,10 +305,7 @@ class Lane:
     def _take_response(self, stage: StageLink, response: stage_pb2.ExecuteResponse) -> None:
         try:
             if response.HasField("report") and response.report.epoch == self.epoch:
-                numbers, times_ns = stage.timings.add(response.report)
-                stage.report = response.report
-                if self.scheduler and len(numbers):
-                    self.scheduler.take_timings(stage.index, numbers, times_ns)
+                self._take_report(stage, response.report)
             for result in response.results:
                 if self.scheduler and result.epoch == self.epoch:
                     self._take_result(self.scheduler, result)
@@ -299,8 +315,25 @@ class Lane:
         if response.results:
             self._pump_soon()
 
+    def _take_report(self, stage: StageLink, report: stage_pb2.StageReport) -> None:
+        stage.clock.came(report.monotonic_ns, time.monotonic_ns())
+        numbers, times_ns = stage.timings.add(report)
+        stage.report = report
+        if not len(numbers):
+            return
+        if self.scheduler:
+            self.scheduler.take_timings(stage.index, numbers, times_ns)
+        arrivals = times_ns[:, 0]
+        known, columns = self.records.of(numbers)
+        if len(known) == len(numbers):
+            quickest = int((arrivals - columns[:, 0]).argmin())
+            stage.clock.went(int(columns[quickest, 0]), int(arrivals[quickest]))
+
     def _take_result(self, scheduler: Scheduler, result: stage_pb2.StepResult) -> None:
         self._sent_at.pop(result.number, None)
+        self.records.done(result.number, time.monotonic_ns())
+        if self._spans:
+            self._spans.step_done(result.number)
         if self._step_log:
             self._log_result(result)
         token_ids = unpack(result.token_ids, U32, "token_ids")

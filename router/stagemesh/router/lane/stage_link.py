@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from stagemesh.router.lane.chain import Member
+from stagemesh.router.lane.clock import ClockOffset
 from stagemesh.router.lane.timings import StageTimings
 from stagemesh.v1 import stage_pb2, stage_pb2_grpc
 from stagemesh.wire.errors import StageLostError, UnavailableError
@@ -45,6 +46,7 @@ class StageLink:
         self.description = stage_pb2.DescribeResponse()
         self.report = stage_pb2.StageReport()
         self.timings = StageTimings()
+        self.clock = ClockOffset()
         self.heard_at = 0.0
         self._channel = grpc.aio.insecure_channel(address, options=MESH_CHANNEL_OPTIONS)
         self.stub = stage_pb2_grpc.StageServiceStub(self._channel)
@@ -59,6 +61,7 @@ class StageLink:
 
     async def describe(self) -> Member | None:
         """The stage if it is there and ready; otherwise None, and `state` and `detail` say why."""
+        asked_ns = time.monotonic_ns()
         try:
             self.description = await self.stub.Describe(
                 stage_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
@@ -69,6 +72,9 @@ class StageLink:
         if self.description.not_ready_reason:
             self.state, self.detail = "loading", self.description.not_ready_reason
             return None
+        if self.description.monotonic_ns:
+            self.clock.went(asked_ns, self.description.monotonic_ns)
+            self.clock.came(self.description.monotonic_ns, time.monotonic_ns())
         self.state, self.detail = "ready", ""
         return Member(self.index, self.address, self.description)
 

@@ -61,9 +61,9 @@ class Step:
         return int((self.input_steps > 0).sum())
 
 
-def encode(step: Step, epoch: int) -> stage_pb2.Step:
-    """The step on the wire."""
-    message = stage_pb2.Step(epoch=epoch, number=step.number)
+def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:
+    """The step on the wire; `traceparent` is of its own trace."""
+    message = stage_pb2.Step(epoch=epoch, number=step.number, traceparent=traceparent)
     changes = step.changes
     if changes.released:
         message.release_slots = pack(changes.released, U32)

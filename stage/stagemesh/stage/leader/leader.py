@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
+from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.worker_group import WorkerGroup
 from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
 from stagemesh.stage.plan import StagePlan
@@ -47,16 +48,24 @@ class StageLeader:
         name: What it calls itself in errors.
         health: Says NOT_SERVING for the stage service while the workers are not there.
         version: Of the package.
+        spans: Takes the steps that are traced; None where tracing is off.
     """
 
     def __init__(
-        self, config: StageConfig, plan: StagePlan, name: str, health: health_aio.HealthServicer, version: str
+        self,
+        config: StageConfig,
+        plan: StagePlan,
+        name: str,
+        health: health_aio.HealthServicer,
+        version: str,
+        spans: StepSpans | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
         self._name = name
         self._health = health
         self._version = version
+        self._spans = spans
         self._group: WorkerGroup | None = None
         self._not_ready = "loading"
         self._incarnation = ""
@@ -173,6 +182,8 @@ class StageLeader:
             if self._lane:
                 await self._lane.close()
             self._lane = LeaderLane(request)
+            if self._spans:
+                self._spans.open_lane(request.stage_index)
             self._require_group().broadcast(ToWorker.OPEN, request.SerializeToString())
             return self._incarnation
 
@@ -195,6 +206,8 @@ class StageLeader:
         """Pass a message of steps to the workers as it came in."""
         if request.steps:
             lane.last_received = request.steps[-1].number
+            if self._spans:
+                self._spans.take_steps(request.steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
 
     def hand_frame(self, data: bytes, arrival_ns: int) -> None:
@@ -233,9 +246,12 @@ class StageLeader:
         if kind is ToLeader.RESULT:
             lane.add_result(parts[0].bytes)
         elif kind is ToLeader.DONE:
-            timing = StepTiming.unpack(parts[0].bytes)
+            packed = parts[0].bytes
+            timing = StepTiming.unpack(packed)
             if timing.epoch == lane.epoch:
                 lane.add_timing(timing)
+                if self._spans:
+                    self._spans.take_timing(timing.number, packed)
         elif kind is ToLeader.TENSOR:
             header = TensorHeader.unpack(parts[0].bytes)
             sender = lane.senders.get(header.kind)

@@ -1,0 +1,53 @@
+"""What waits to be made into spans. Appending is all that the serving thread does."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+Chunk = tuple[bytes, int]
+"""Spans as fields of a ScopeSpans, and how many: what one export carries."""
+MAX_REQUEST_BYTES = 2 << 20
+"""Of spans in one export; gRPC receivers take 4 MiB unless told otherwise."""
+
+
+class SpanBuffer(Generic[T]):
+    """A bounded list between the thread that serves and the one that exports.
+
+    Args:
+        limit: Entries kept; those beyond are dropped and counted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._entries: list[T] = []
+        self.num_dropped = 0
+
+    def add(self, entry: T) -> None:
+        """Keep an entry for the next export."""
+        if len(self._entries) < self._limit:
+            self._entries.append(entry)
+        else:
+            self.num_dropped += 1
+
+    def take(self) -> list[T]:
+        """Everything kept so far."""
+        entries, self._entries = self._entries, []
+        return entries
+
+
+def split(spans: list[bytes], max_batch: int) -> list[Chunk]:
+    """Single spans into chunks that one export may carry."""
+    chunks: list[Chunk] = []
+    part: list[bytes] = []
+    size = 0
+    for span in spans:
+        if part and (len(part) >= max_batch or size + len(span) > MAX_REQUEST_BYTES):
+            chunks.append((b"".join(part), len(part)))
+            part, size = [], 0
+        part.append(span)
+        size += len(span)
+    if part:
+        chunks.append((b"".join(part), len(part)))
+    return chunks

@@ -1,0 +1,1 @@
+"""The router's spans. Nothing of it is made unless an OTLP receiver is configured."""

@@ -1,0 +1,125 @@
+"""The stage's part in the trace of a microbatch: a span, and a child for each part of its time.
+
+They are made from the timings that the workers report anyway, in the exporter's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stagemesh.stage.local_queue import StepTiming
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
+from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
+from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
+
+if TYPE_CHECKING:
+    from stagemesh.wire.telemetry.exporter import SpanExporter
+
+SPANS_OF_A_STEP = 1 + len(PARTS)
+_TIMES = slice(3, 3 + len(PARTS))
+"""Columns of a packed StepTiming with the parts' nanoseconds, in the order of PARTS."""
+
+
+class StepSpans:
+    """Gathers the traced steps of one stage.
+
+    Args:
+        exporter: Asks for the spans.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._settings = exporter.settings
+        self._stage_index = 0
+        self._open: dict[int, str] = {}
+        self._done: SpanBuffer[tuple[str, bytes]] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        columns = {
+            Attribute.STAGE: "int",
+            Attribute.EPOCH: "int",
+            Attribute.STEP: "int",
+            Attribute.SENT_BYTES: "int",
+        }
+        self._stage = SpanTemplate(Span.STAGE, columns=columns)  # type: ignore[arg-type]
+        self._parts = [SpanTemplate(part) for part in PARTS]
+        exporter.register(self._spans)
+
+    @property
+    def num_dropped(self) -> int:
+        """Spans that did not fit while the receiver was away."""
+        return self._done.num_dropped * SPANS_OF_A_STEP
+
+    def open_lane(self, stage_index: int) -> None:
+        """Steps of an older epoch do not end any more."""
+        self._stage_index = stage_index
+        self._open.clear()
+
+    def take_steps(self, steps: Iterable[stage_pb2.Step]) -> None:
+        """Steps that came; most are not traced."""
+        for step in steps:
+            if step.traceparent:
+                self._open[step.number] = step.traceparent
+
+    def take_timing(self, number: int, packed: bytes) -> None:
+        """A step is done; `packed` is its StepTiming."""
+        if self._open and (traceparent := self._open.pop(number, None)):
+            self._done.add((traceparent, packed))
+
+    def _spans(self) -> list[Chunk]:
+        done = self._done.take()
+        size = max(1, self._settings.max_batch // SPANS_OF_A_STEP)
+        return [self._encode(done[begin : begin + size]) for begin in range(0, len(done), size)]
+
+    def _encode(self, done: list[tuple[str, bytes]]) -> Chunk:
+        table = timing_table(packed for _, packed in done)
+        traces, roots = parents_of(traceparent for traceparent, _ in done)
+        count = len(done)
+        arrivals = table[:, 2] + (time.time_ns() - time.monotonic_ns())
+        ends = arrivals[:, None] + np.cumsum(table[:, _TIMES], axis=1)
+        stages = ids(os.urandom(8 * count), 8)
+        data = self._stage.encode(
+            trace_ids=traces,
+            span_ids=stages,
+            parent_ids=roots,
+            starts_ns=arrivals,
+            ends_ns=ends[:, -1],
+            columns={
+                Attribute.STAGE: np.full(count, self._stage_index),
+                Attribute.EPOCH: table[:, 0],
+                Attribute.STEP: table[:, 1],
+                Attribute.SENT_BYTES: table[:, 8],
+            },
+        )
+        spans = count
+        begins = arrivals
+        for index, template in enumerate(self._parts):
+            # Most steps find the stage free: then there is no queue to show.
+            there = slice(None) if index else np.flatnonzero(table[:, _TIMES][:, 0])
+            chosen = stages[there]
+            data += template.encode(
+                trace_ids=traces[there],
+                span_ids=ids(os.urandom(8 * len(chosen)), 8),
+                parent_ids=chosen,
+                starts_ns=begins[there],
+                ends_ns=ends[there, index],
+            )
+            begins = ends[:, index]
+            spans += len(chosen)
+        return data, spans
+
+
+def timing_table(packed: Iterable[bytes]) -> Int64:
+    """[N, 9] fields of StepTimings in their order."""
+    data = b"".join(packed)
+    return np.frombuffer(data, "<i8").reshape(-1, StepTiming.SIZE // 8)
+
+
+def parents_of(traceparents: Iterable[str]) -> tuple[Bytes, Bytes]:
+    """[N, 16] trace ids and [N, 8] span ids."""
+    text = "".join(traceparent[3:35] + traceparent[36:52] for traceparent in traceparents)
+    both = ids(bytes.fromhex(text), 24)
+    return both[:, :16], both[:, 16:]
