@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from stagemesh.client.cli._extras import missing_extra
 from stagemesh.wire.errors import ConfigError, InvalidArgumentError, StagemeshError
+from stagemesh.wire.polling import restart_with_polling
 from stagemesh.wire.process import die_with_parent
 
 PARENT_ENV = "STAGEMESH_PDEATHSIG"
@@ -31,6 +32,9 @@ COMMANDS = {
 }
 """Subcommands and their summaries. Each has a module of its name here, with a function `command()` that makes
 the function to run; stage, router and up read their options off the settings models when that is called."""
+
+SERVERS = ("stage", "router")
+"""Subcommands that serve the mesh: gRPC must wait for sockets there as `wire.polling` says."""
 
 
 class _LazyGroup(TyperGroup):
@@ -72,6 +76,8 @@ def make_app() -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 on an error, 2 on a wrong flag or setting."""
+    if args is None and next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "") in SERVERS:
+        restart_with_polling()
     parent = os.environ.pop(PARENT_ENV, "")
     if parent.isdigit():
         die_with_parent(int(parent))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from stagemesh.client.cli._child import Child, ChildSpec
 from stagemesh.client.cli._main import PARENT_ENV
 from stagemesh.wire.errors import StartupError
+from stagemesh.wire.polling import with_polling
 
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
@@ -82,7 +83,7 @@ class Supervisor:
         self._on_ready = on_ready
         self._display = display
         hidden = set(hidden_variables)
-        self._env = {key: value for key, value in os.environ.items() if key not in hidden}
+        self._env = with_polling({key: value for key, value in os.environ.items() if key not in hidden})
         # A stage starts its workers by exec; gRPC's fork handlers would only log that they do nothing.
         self._env.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         self._env[PARENT_ENV] = str(os.getpid())
