@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
-import zmq
 from thread_group_for_tests import GroupLostError, ThreadGroup
 
 from stagemesh.model.deal import deal
 from stagemesh.model.source import ModelSource
 from stagemesh.stage.engine.torch_engine import TorchEngine
 from stagemesh.stage.local_queue import ToLeader, ToWorker
+from stagemesh.stage.local_socket import Part
 from stagemesh.stage.worker.worker import Worker
 
 Parts = list[bytes]
@@ -32,10 +32,11 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._messages)
 
-    def recv_multipart(self, *, copy: bool) -> list[zmq.Frame]:
-        assert not copy
+    def recv_multipart(self, timeout_s: float | None = None) -> list[Part] | None:
+        if not self._messages and timeout_s is not None:
+            return None
         parts = self._messages.popleft() if self._messages else [bytes(ToWorker.STOP)]
-        return [zmq.Frame(part) for part in parts]
+        return [Part(memoryview(part)) for part in parts]
 
 
 class Outbox:
@@ -44,7 +45,7 @@ class Outbox:
     def __init__(self) -> None:
         self.messages: deque[Parts] = deque()
 
-    def send_multipart(self, parts: list[Any], *, copy: bool = True) -> None:
+    def send_multipart(self, parts: Sequence[Any]) -> None:
         self.messages.append([bytes(part) for part in parts])
 
 
@@ -87,9 +88,7 @@ class LocalStage:
                 block_size=block_size,
                 max_context=max_context,
             )
-            queues = cast(
-                "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]", (self.inboxes[rank], self._outboxes[rank])
-            )
+            queues = (self.inboxes[rank], self._outboxes[rank])
             return engine, Worker(rank, engine, *queues, block_size=block_size, max_context=max_context)
 
         started = self._on_every_rank(start)

@@ -1,4 +1,4 @@
-"""The local queue between a leader and its workers: pyzmq over a Unix socket, multipart messages.
+"""The local queue between a leader and its workers: multipart messages over a Unix socket (local_socket).
 
 The first part is the kind. Every rank of a stage gets the same messages in the same order, and a worker
 decides what to do by that order alone: so all ranks of a tensor-parallel group take the same decisions,
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 
 class ToWorker(bytes, enum.Enum):
@@ -39,9 +43,9 @@ class ToLeader(bytes, enum.Enum):
     TENSOR = b"T"
     """Tensor: a header and the bytes to send to the neighbour."""
     DONE = b"D"
-    """StepTiming."""
+    """StepTimings, end to end; of several steps, since nobody waits for them."""
     WAITING = b"w"
-    """What rank 0 waits for, as text; empty when it goes on."""
+    """What rank 0 has been waiting for, as text; empty when it goes on."""
     PONG = b"P"
     """rank, sequence number (u64 each)."""
     REFUSED = b"E"
@@ -102,6 +106,11 @@ class StepTiming:
             self.sent_bytes,
         )
 
-    @classmethod
-    def unpack(cls, data: bytes | memoryview) -> StepTiming:
-        return cls(*cls._LAYOUT.unpack(data))
+
+Timings: TypeAlias = npt.NDArray[np.void]
+_TIMING = np.dtype([(field.name, "<u8") for field in fields(StepTiming)])
+
+
+def unpack_timings(data: bytes) -> Timings:
+    """StepTimings end to end, as an array with a field for each of theirs."""
+    return np.frombuffer(data, _TIMING)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -121,6 +122,20 @@ def _lengths(view: memoryview) -> tuple[int, tuple[int, ...]]:
     return header + sum(lengths), lengths
 
 
+class Inbox(Protocol):
+    """Where a worker's messages come from."""
+
+    def recv_multipart(self, timeout_s: float | None = None) -> list[Part] | None:
+        """The next message; None if none came in time."""
+
+
+class Outbox(Protocol):
+    """Where a worker's messages go."""
+
+    def send_multipart(self, parts: Sequence[Buffer]) -> None:
+        """Send a message; what is given may be written again when it returns."""
+
+
 class WorkerSocket:
     """The worker's end: it blocks. Any thread may send; one receives."""
 
@@ -128,18 +143,16 @@ class WorkerSocket:
         self._socket = end
         self._reader = MessageReader(end)
         self._sending = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(end, select.POLLIN)
 
     def recv_multipart(self, timeout_s: float | None = None) -> list[Part] | None:
         """The next message; None if none came in time. EOFError when the leader is gone."""
         while (message := self._reader.pop()) is None:
-            self._socket.settimeout(timeout_s)
-            try:
-                if not self._reader.read():
-                    raise EOFError("the leader has closed the local queue")
-            except TimeoutError:
+            if timeout_s is not None and not self._poll.poll(timeout_s * 1000):
                 return None
-            finally:
-                self._socket.settimeout(None)
+            if not self._reader.read():
+                raise EOFError("the leader has closed the local queue")
         return message
 
     def send_multipart(self, parts: Sequence[Buffer]) -> None:

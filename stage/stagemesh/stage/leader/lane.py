@@ -6,8 +6,10 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from stagemesh.stage.leader.link import LinkSender
-from stagemesh.stage.local_queue import StepTiming
+from stagemesh.stage.local_queue import Timings, unpack_timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, pack
 from stagemesh.wire.errors import StagemeshError
@@ -16,6 +18,8 @@ REPORT_STEPS = 64
 """Steps after which a report goes out early."""
 REPORT_INTERVAL_S = 0.25
 HEARTBEAT_S = 1.0
+REPORTED = ("arrival_ns", "queue_ns", "wait_ns", "receive_ns", "compute_ns", "send_ns", "sent_bytes")
+"""Columns of StepTiming that a report has under the same name."""
 
 
 @dataclass(slots=True)
@@ -34,7 +38,8 @@ class LeaderLane:
     last_done: int = 0
     executing: bool = False
     _results: list[bytes] = field(default_factory=list)
-    _timings: list[StepTiming] = field(default_factory=list)
+    _timings: list[Timings] = field(default_factory=list)
+    _num_timings: int = 0
     _reported_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -53,12 +58,18 @@ class LeaderLane:
         self._results.append(response)
         self.wake.set()
 
-    def add_timing(self, timing: StepTiming) -> None:
-        """A step is done on this stage."""
-        self._timings.append(timing)
-        self.last_done = timing.number
-        if len(self._timings) >= REPORT_STEPS:
+    def add_timings(self, data: bytes) -> Timings:
+        """Steps that are done on this stage, as StepTimings end to end; returns those of this epoch."""
+        timings = unpack_timings(data)
+        timings = timings[timings["epoch"] == self.epoch]
+        if not len(timings):
+            return timings
+        self._timings.append(timings)
+        self._num_timings += len(timings)
+        self.last_done = int(timings["number"][-1])
+        if self._num_timings >= REPORT_STEPS:
             self.wake.set()
+        return timings
 
     def take_results(self) -> bytes:
         """Everything queued as one message: serialized messages of one type merge when put end to end."""
@@ -69,25 +80,20 @@ class LeaderLane:
         """Whether a report should go out now: enough steps, old enough ones, or the heartbeat."""
         age = time.monotonic() - self._reported_at
         return (
-            len(self._timings) >= REPORT_STEPS
+            self._num_timings >= REPORT_STEPS
             or (bool(self._timings) and age >= REPORT_INTERVAL_S)
             or age >= HEARTBEAT_S
         )
 
     def take_report(self) -> bytes:
         """The report of the steps done since the last one, serialized as an ExecuteResponse."""
-        timings, self._timings = self._timings, []
+        timings = np.concatenate(self._timings) if self._timings else unpack_timings(b"")
+        self._timings, self._num_timings = [], 0
         self._reported_at = time.monotonic()
         report = stage_pb2.StageReport(
             epoch=self.epoch,
-            numbers=pack([timing.number for timing in timings], U64),
-            arrival_ns=pack([timing.arrival_ns for timing in timings], U64),
-            queue_ns=pack([timing.queue_ns for timing in timings], U64),
-            wait_ns=pack([timing.wait_ns for timing in timings], U64),
-            receive_ns=pack([timing.receive_ns for timing in timings], U64),
-            compute_ns=pack([timing.compute_ns for timing in timings], U64),
-            send_ns=pack([timing.send_ns for timing in timings], U64),
-            sent_bytes=pack([timing.sent_bytes for timing in timings], U64),
+            numbers=pack(timings["number"], U64),
+            **{name: pack(timings[name], U64) for name in REPORTED},
             monotonic_ns=time.monotonic_ns(),
             unix_ns=time.time_ns(),
             last_done=self.last_done,

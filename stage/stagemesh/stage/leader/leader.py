@@ -10,7 +10,6 @@ import time
 import uuid
 from pathlib import Path
 
-import zmq
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
@@ -19,7 +18,8 @@ from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.worker_group import WorkerGroup
-from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
+from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker
+from stagemesh.stage.local_socket import Part
 from stagemesh.stage.plan import StagePlan
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import protocol
@@ -238,7 +238,7 @@ class StageLeader:
         if self._lane:
             self._lane.fail(error)
 
-    def _take(self, kind: ToLeader, parts: list[zmq.Frame]) -> None:
+    def _take(self, kind: ToLeader, parts: list[Part]) -> None:
         """A worker's message; those of an older epoch are dropped."""
         lane = self._lane
         if lane is None:
@@ -246,12 +246,10 @@ class StageLeader:
         if kind is ToLeader.RESULT:
             lane.add_result(parts[0].bytes)
         elif kind is ToLeader.DONE:
-            packed = parts[0].bytes
-            timing = StepTiming.unpack(packed)
-            if timing.epoch == lane.epoch:
-                lane.add_timing(timing)
-                if self._spans:
-                    self._spans.take_timing(timing.number, packed)
+            timings = lane.add_timings(parts[0].bytes)
+            if self._spans:
+                for timing in timings:
+                    self._spans.take_timing(int(timing["number"]), timing.tobytes())
         elif kind is ToLeader.TENSOR:
             header = TensorHeader.unpack(parts[0].bytes)
             sender = lane.senders.get(header.kind)

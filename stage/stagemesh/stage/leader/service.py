@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
 import grpc.aio
@@ -86,10 +85,10 @@ class StageService:
         lane.executing = True
         reader = asyncio.create_task(self._read_steps(lane, requests))
         reader.add_done_callback(lambda _: lane.wake.set())
+        look = _Ticker(REPORT_INTERVAL_S, lane.wake.set)
         try:
             while not reader.done():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(lane.wake.wait(), REPORT_INTERVAL_S)
+                await lane.wake.wait()
                 lane.wake.clear()
                 if results := lane.take_results():
                     await context.write(results)
@@ -99,6 +98,7 @@ class StageService:
                     await context.write(lane.take_report())
             await reader
         finally:
+            look.cancel()
             reader.cancel()
             # Without its router the lane is over; its links close so that the neighbours see it too.
             lane.fail(StageLostError("the router closed the lane", reason="STAGE_LOST"))
@@ -133,6 +133,22 @@ class StageService:
                     "the bytes sent do not parse as stagemesh.v1.ExecuteRequest", reason="UNPARSABLE"
                 ) from error
             self._leader.hand_steps(lane, request, message, arrival_ns)
+
+
+class _Ticker:
+    """Calls `tick` every `interval_s`, at the price of one timer each and not of one for every wait."""
+
+    def __init__(self, interval_s: float, tick: Callable[[], object]) -> None:
+        self._interval_s = interval_s
+        self._tick = tick
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._fire)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _fire(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._fire)
+        self._tick()
 
 
 def _epoch_of(context: Context) -> int:

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.engine.interface import RankFacts
 from stagemesh.stage.local_queue import ToLeader, ToWorker
+from stagemesh.stage.local_socket import LeaderSocket, Part, socket_pair
 from stagemesh.stage.worker.spec import WorkerSpec
 from stagemesh.wire.columns import U64, unpack
 from stagemesh.wire.errors import ModelError, StartupError
@@ -30,7 +29,7 @@ STOP_GRACE_S = 3.0
 SPIN_COUNT = "30000"
 """Turns an OpenMP thread spins for work before it sleeps, where cores are shared: about 0.1 ms."""
 
-OnMessage = Callable[[ToLeader, list[zmq.Frame]], None]
+OnMessage = Callable[[ToLeader, list[Part]], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -47,11 +46,8 @@ class WorkerGroup:
         self._config = config
         self._on_message = on_message
         self._on_progress = on_progress
-        self._context = zmq.Context()
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-")
-        self._inboxes: list[zmq.Socket[bytes]] = []
-        self._outbox = self._context.socket(zmq.PULL)
-        self._outbox.setsockopt(zmq.RCVHWM, 0)
+        self._queues: list[LeaderSocket] = []
         self._processes: list[asyncio.subprocess.Process] = []
         self._watchers: list[asyncio.Task[None]] = []
         self._facts: dict[int, RankFacts] = {}
@@ -70,15 +66,12 @@ class WorkerGroup:
 
     async def start(self) -> None:
         """Start the processes and wait until all have loaded; StartupError says why one did not."""
-        self._outbox.bind(self._endpoint("out"))
-        asyncio.get_running_loop().add_reader(self._outbox.fileno(), self._drain)
         for rank in range(self._config.tp):
-            inbox = self._context.socket(zmq.PUSH)
-            inbox.setsockopt(zmq.SNDHWM, 0)
-            inbox.setsockopt(zmq.LINGER, 0)
-            inbox.bind(self._endpoint(f"in{rank}"))
-            self._inboxes.append(inbox)
-            self._processes.append(await self._spawn(rank))
+            ours, theirs = socket_pair()
+            with theirs:
+                self._queues.append(queue := LeaderSocket(ours))
+                asyncio.get_running_loop().add_reader(queue.fileno(), self._drain, queue)
+                self._processes.append(await self._spawn(rank, theirs.fileno()))
         self._watchers = [asyncio.create_task(self._watch(rank)) for rank in range(self._config.tp)]
         either: set[asyncio.Future[Any]] = {self._ready, self.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -89,10 +82,8 @@ class WorkerGroup:
 
     def broadcast(self, kind: ToWorker, *parts: bytes | memoryview) -> None:
         """Send one message to every rank; all get the same ones in the same order."""
-        for inbox in self._inboxes:
-            # The queues have no limit: it fails only where the worker is gone, and its watcher says that.
-            with contextlib.suppress(zmq.Again):
-                inbox.send_multipart([kind, *parts], flags=zmq.NOBLOCK, copy=True)
+        for queue in self._queues:
+            queue.send_multipart([kind, *parts])
 
     async def stop(self) -> None:
         """End every process: asked first, killed after a grace."""
@@ -107,20 +98,17 @@ class WorkerGroup:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         await asyncio.gather(*(process.wait() for process in self._processes))
-        asyncio.get_running_loop().remove_reader(self._outbox.fileno())
-        for socket in (*self._inboxes, self._outbox):
-            socket.close(linger=0)
-        self._context.term()
+        for queue in self._queues:
+            queue.close()
         self._folder.cleanup()
         if not self._ready.done():
             self._ready.cancel()
 
-    async def _spawn(self, rank: int) -> asyncio.subprocess.Process:
+    async def _spawn(self, rank: int, queue: int) -> asyncio.subprocess.Process:
         spec = WorkerSpec(
             rank=rank,
             leader_pid=os.getpid(),
-            inbox=self._endpoint(f"in{rank}"),
-            outbox=self._endpoint("out"),
+            queue=queue,
             store=str(Path(self._folder.name) / "store"),
             config=self._config,
         )
@@ -136,12 +124,17 @@ class WorkerGroup:
             # costs a wake-up at each of a step's 150 parallel regions (docs/performance.md, "Waiting").
             environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "stagemesh.stage.worker", spec.model_dump_json(), env=environment
+            sys.executable,
+            "-m",
+            "stagemesh.stage.worker",
+            spec.model_dump_json(),
+            env=environment,
+            pass_fds=(queue,),
         )
 
     async def _watch(self, rank: int) -> None:
         code = await self._processes[rank].wait()
-        self._drain()  # its last words may still be in the queue
+        self._drain(self._queues[rank])  # its last words may still be in it
         how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
         self._lose(f"worker {rank} (pid {self._processes[rank].pid}) {how}")
 
@@ -161,16 +154,11 @@ class WorkerGroup:
                 self._lose(f"worker {rank} (pid {self._processes[rank].pid}) hangs")
                 return
 
-    def _drain(self) -> None:
-        # The descriptor of a ZeroMQ socket is edge-triggered: read until there is nothing.
-        while True:
-            try:
-                kind, *parts = self._outbox.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+    def _drain(self, queue: LeaderSocket) -> None:
+        for kind, *parts in queue.drain():
             self._take(ToLeader(kind.bytes), parts)
 
-    def _take(self, kind: ToLeader, parts: list[zmq.Frame]) -> None:
+    def _take(self, kind: ToLeader, parts: list[Part]) -> None:
         if kind is ToLeader.PONG:
             rank, number = unpack(parts[0].bytes, U64, "pong", 2)
             self._pongs[int(rank)] = int(number)
@@ -196,6 +184,3 @@ class WorkerGroup:
         if not self.lost.done():
             log.error("%s", what)
             self.lost.set_result(what)
-
-    def _endpoint(self, name: str) -> str:
-        return f"ipc://{self._folder.name}/{name}"

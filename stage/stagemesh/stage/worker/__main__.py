@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import time
 import warnings
 from pathlib import Path
 
-import zmq
-
 from stagemesh.model.cost import CostModel
 from stagemesh.stage.engine.interface import Engine
 from stagemesh.stage.local_queue import ToLeader
+from stagemesh.stage.local_socket import WorkerSocket
 from stagemesh.stage.plan import ITEMSIZE, StagePlan, plan_stage
 from stagemesh.stage.worker.spec import WorkerSpec
 from stagemesh.stage.worker.worker import Worker
@@ -32,36 +32,28 @@ def main() -> int:
     # Ctrl-C on a terminal reaches every process of it; the leader decides when a worker stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setup_logging(spec.config.log_level, spec.config.log_json, f"worker {spec.rank}")
-    context = zmq.Context()
-    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.setsockopt(zmq.RCVHWM, 0)
-    outbox.setsockopt(zmq.SNDHWM, 0)
-    outbox.setsockopt(zmq.LINGER, 1000)
-    inbox.connect(spec.inbox)
-    outbox.connect(spec.outbox)
+    queue = WorkerSocket(socket.socket(fileno=spec.queue))
     try:
-        worker = _load(spec, inbox, outbox)
+        worker = _load(spec, queue)
     except StagemeshError as error:
-        outbox.send_multipart([ToLeader.FAILED, f"{error.reason}\0{error}".encode()])
+        queue.send_multipart([ToLeader.FAILED, f"{error.reason}\0{error}".encode()])
         return 1
     except Exception as error:
         logging.getLogger(__name__).exception("worker %d cannot start", spec.rank)
-        outbox.send_multipart([ToLeader.FAILED, f"BUG\0{type(error).__name__}: {error}".encode()])
+        queue.send_multipart([ToLeader.FAILED, f"BUG\0{type(error).__name__}: {error}".encode()])
         return 1
     else:
         worker.serve()
         return 0
     finally:
-        inbox.close()
-        outbox.close()
-        context.term()
+        queue.close()
 
 
-def _load(spec: WorkerSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> Worker:
+def _load(spec: WorkerSpec, queue: WorkerSocket) -> Worker:
     plan = plan_stage(spec.config)
-    engine = _sim_engine(spec, plan) if spec.config.engine == "sim" else _torch_engine(spec, plan, outbox)
+    engine = _sim_engine(spec, plan) if spec.config.engine == "sim" else _torch_engine(spec, plan, queue)
     return Worker(
-        spec.rank, engine, inbox, outbox, block_size=spec.config.block_size, max_context=plan.max_context
+        spec.rank, engine, queue, queue, block_size=spec.config.block_size, max_context=plan.max_context
     )
 
 
@@ -79,7 +71,7 @@ def _sim_engine(spec: WorkerSpec, plan: StagePlan) -> Engine:
     )
 
 
-def _torch_engine(spec: WorkerSpec, plan: StagePlan, outbox: zmq.Socket[bytes]) -> Engine:
+def _torch_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Engine:
     began = time.perf_counter()
     import torch
 
@@ -102,7 +94,7 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, outbox: zmq.Socket[bytes]) 
         now = time.monotonic()
         if done == total or now - last_said > PROGRESS_INTERVAL_S:
             last_said = now
-            outbox.send_multipart([ToLeader.PROGRESS, pack([spec.rank, done, total], U64)])
+            queue.send_multipart([ToLeader.PROGRESS, pack([spec.rank, done, total], U64)])
 
     return TorchEngine(
         plan.source,

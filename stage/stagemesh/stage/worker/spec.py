@@ -14,10 +14,8 @@ class WorkerSpec(BaseModel):
 
     rank: int
     leader_pid: int
-    inbox: str
-    """ZeroMQ endpoint the worker pulls from."""
-    outbox: str
-    """ZeroMQ endpoint the worker pushes to."""
+    queue: int
+    """Descriptor of its end of the local queue."""
     store: str
     """File where the ranks of the group meet."""
     config: StageConfig

@@ -15,11 +15,11 @@ import time
 
 import numpy as np
 import numpy.typing as npt
-import zmq
 
 from stagemesh.stage.engine.interface import Engine, StepInputs
 from stagemesh.stage.engine.slots import SlotTable
 from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
+from stagemesh.stage.local_socket import Inbox, Outbox, Part
 from stagemesh.stage.worker.lane import WorkerLane
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
 from stagemesh.v1 import stage_pb2
@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 DEVICE_FAILED = 3
 """Exit code of a worker whose device failed."""
+IDLE_S = 0.05
+"""With nothing to do for so long, rank 0 says what it waits for and where the time went."""
+TIMINGS_HELD = 16
+"""Steps whose timings go to the leader as one message."""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -42,8 +46,8 @@ class Worker:
     Args:
         rank: Of the group; rank 0 speaks for all to the leader.
         engine: Computes the steps.
-        inbox: PULL socket from the leader.
-        outbox: PUSH socket to the leader.
+        inbox: Messages from the leader.
+        outbox: Messages to the leader.
         block_size: Tokens of a KV block.
         max_context: Tokens of a sequence at most.
     """
@@ -52,8 +56,8 @@ class Worker:
         self,
         rank: int,
         engine: Engine,
-        inbox: zmq.Socket[bytes],
-        outbox: zmq.Socket[bytes],
+        inbox: Inbox,
+        outbox: Outbox,
         *,
         block_size: int,
         max_context: int,
@@ -67,15 +71,23 @@ class Worker:
         self._lane: WorkerLane | None = None
         self._idle_since_ns = time.monotonic_ns()
         self._waiting = ""
-        self._sending = threading.Lock()
+        self._timing = threading.Lock()
         self._results = ResultThread(self._finish, self._fail)
+        self._said_waiting = ""
+        self._timings: list[bytes] = []
+        self._timings_said_ns = 0
 
     def serve(self) -> None:
         """Run until the leader says stop."""
         facts = dataclasses.asdict(self._engine.facts())
         self._say(ToLeader.READY, json.dumps(facts).encode())
         while True:
-            kind, *parts = self._inbox.recv_multipart(copy=False)
+            # What the leader need not hear at once waits until there is nothing else to do.
+            message = self._inbox.recv_multipart(IDLE_S if self._unsaid else None)
+            if message is None:
+                self._say_rest()
+                continue
+            kind, *parts = message
             if kind.bytes == ToWorker.STOP:
                 self._results.stop()
                 return
@@ -85,7 +97,7 @@ class Worker:
             except StagemeshError as error:
                 self._refuse(error)
 
-    def _handle(self, kind: ToWorker, parts: list[zmq.Frame]) -> None:
+    def _handle(self, kind: ToWorker, parts: list[Part]) -> None:
         if kind is ToWorker.STEPS:
             self._take_steps(int.from_bytes(parts[0].bytes, "little"), parts[1].bytes)
         elif kind is ToWorker.FRAME:
@@ -107,6 +119,8 @@ class Worker:
         # In this order: a result that completes from here on finds that its lane is not the worker's any more.
         self._lane = None
         self._engine.open(request)
+        with self._timing:
+            self._timings.clear()
         lane = WorkerLane(request, slots)
         lane.held_tokens = lane.first and lane.last and self._engine.holds_tokens
         self._lane = lane
@@ -119,10 +133,11 @@ class Worker:
     def _run_ready(self) -> None:
         lane = self._lane
         while lane and lane.advance():
-            missing = lane.missing()
-            self._say_waiting(missing)
-            if missing:
+            self._waiting = lane.missing()
+            if self._waiting:
                 return
+            if self._said_waiting:
+                self._say_waiting("")
             self._run_step(lane)
 
     def _run_step(self, lane: WorkerLane) -> None:
@@ -178,7 +193,7 @@ class Worker:
                 send_ns=sent_ns - ended_ns,
                 sent_bytes=sent_bytes,
             )
-            self._say(ToLeader.DONE, timing.pack())
+            self._add_timing(timing)
         self._idle_since_ns = time.monotonic_ns()
 
     def _send_result(self, lane: WorkerLane, number: int, tokens: IntArray, logits: FloatArray | None) -> int:
@@ -195,19 +210,39 @@ class Worker:
 
     def _send_tensor(self, lane: WorkerLane, kind: int, number: int, data: memoryview) -> int:
         header = TensorHeader(lane.request.epoch, kind, number)
-        with self._sending:
-            self._outbox.send_multipart([ToLeader.TENSOR, header.pack(), data], copy=False)
+        self._say(ToLeader.TENSOR, header.pack(), data)
         return len(data)
 
-    def _say(self, kind: ToLeader, *parts: bytes) -> None:
-        # A socket is nobody's own here: the result thread sends through it too.
-        with self._sending:
-            self._outbox.send_multipart([kind, *parts])
+    def _say(self, kind: ToLeader, *parts: bytes | memoryview) -> None:
+        self._outbox.send_multipart([kind, *parts])
+
+    @property
+    def _unsaid(self) -> bool:
+        return self._rank == 0 and (bool(self._timings) or self._waiting != self._said_waiting)
+
+    def _say_rest(self) -> None:
+        self._say_timings()
+        self._say_waiting(self._waiting)
+
+    def _add_timing(self, timing: StepTiming) -> None:
+        with self._timing:
+            self._timings.append(timing.pack())
+            old = time.monotonic_ns() - self._timings_said_ns > IDLE_S * 1e9
+        if old or len(self._timings) >= TIMINGS_HELD:
+            self._say_timings()
+
+    def _say_timings(self) -> None:
+        # The result thread adds timings, the launch thread says what is left when it has nothing to do.
+        with self._timing:
+            timings, self._timings = self._timings, []
+            self._timings_said_ns = time.monotonic_ns()
+        if timings:
+            self._say(ToLeader.DONE, b"".join(timings))
 
     def _say_waiting(self, what: str) -> None:
-        if what != self._waiting and self._rank == 0:
+        if what != self._said_waiting and self._rank == 0:
             self._say(ToLeader.WAITING, what.encode())
-        self._waiting = what
+            self._said_waiting = what
 
     def _fail(self, error: BaseException) -> None:
         """A device that fails takes its context with it: the worker ends and the leader starts the group again."""
