@@ -75,8 +75,8 @@ def test_another_token_than_the_sampled_one(
     honest = SlotTable.input_tokens
     planted: list[int] = []
 
-    def input_tokens(slots: SlotTable, batch: Batch) -> npt.NDArray[np.int64]:
-        tokens = honest(slots, batch).copy()
+    def input_tokens(slots: SlotTable, batch: Batch, *, held: bool) -> npt.NDArray[np.int64]:
+        tokens = honest(slots, batch, held=held).copy()
         if batch.number == 9:
             tokens[0] = (tokens[0] + 1) % SHAPES["untied"]["vocab_size"]
             planted.append(batch.number)
