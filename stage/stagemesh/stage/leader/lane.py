@@ -60,8 +60,8 @@ class LeaderLane:
 
     def add_timings(self, data: bytes) -> Timings:
         """Steps that are done on this stage, as StepTimings end to end; returns those of this epoch."""
-        timings = unpack_timings(data)
-        timings = timings[timings["epoch"] == self.epoch]
+        came = unpack_timings(data)
+        timings: Timings = came[came["epoch"] == self.epoch]
         if not len(timings):
             return timings
         self._timings.append(timings)
