@@ -29,10 +29,13 @@ class RunningMesh:
 
 
 @contextmanager
-def running_mesh(model: str, *options: str) -> Iterator[RunningMesh]:
-    """Start `stagemesh up MODEL OPTIONS` on free ports; stop it at the end."""
+def running_mesh(
+    model: str, *options: str, log: Path | None = None, start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[RunningMesh]:
+    """Start `stagemesh up MODEL OPTIONS` on free ports; stop it at the end. What it says goes to `log`."""
     with tempfile.TemporaryDirectory() as folder:
-        ready, log = Path(folder) / "ready.json", Path(folder) / "log"
+        ready = Path(folder) / "ready.json"
+        log = log or Path(folder) / "log"
         command = [sys.executable, "-m", "stagemesh.client.cli", "up", model, "--ready-file", str(ready)]
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--stage-port", "0"]
         began = time.monotonic()
@@ -40,7 +43,7 @@ def running_mesh(model: str, *options: str) -> Iterator[RunningMesh]:
             process = subprocess.Popen([*command, *ports, *options], stdout=out, stderr=out)
         try:
             while not ready.exists():
-                if process.poll() is not None or time.monotonic() - began > START_TIMEOUT_S:
+                if process.poll() is not None or time.monotonic() - began > start_timeout_s:
                     raise RuntimeError(f"the mesh did not start:\n{log.read_text()[-4000:]}")
                 time.sleep(0.05)
             ready_s = time.monotonic() - began
