@@ -13,6 +13,7 @@ from stagemesh.router.api.admin_service import AdminService
 from stagemesh.router.api.inference_service import InferenceService
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.served_model import load_served_model
+from stagemesh.router.api.streams import Streams
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import admin_pb2, inference_pb2
@@ -60,7 +61,9 @@ async def _serve(config: RouterConfig) -> None:
     requests = Requests(config, model, on_ready, tracing)
     inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
     administration = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-    add_service(public, inference, InferenceService(requests))
+    streams = Streams(model, tracing.server if tracing else None)
+    streams.backend = requests.connect(streams)
+    add_service(public, inference, InferenceService(streams))
     add_reflection(public, inference)
     add_service(admin, administration, AdminService(requests))
     add_reflection(admin, administration)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from stagemesh.router.api.stream import RequestStream
+from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
@@ -20,13 +19,6 @@ REQUESTS_KEPT = 1_000
 SETTLE_S = 1.0
 """Stages report in batches: the last steps of a request are known this long after it ended."""
 _MS = 1e6
-
-
-@dataclass(slots=True)
-class _Record:
-    stream: RequestStream
-    sequence: Sequence | None
-    stages: list[admin_pb2.StageTrace] | None = None
 
 
 class RequestHistory:
@@ -40,52 +32,55 @@ class RequestHistory:
     def __init__(self, stages: Seq[StageLink], tracing: RouterTracing | None = None) -> None:
         self._stages = stages
         self._tracing = tracing
-        self._records: OrderedDict[str, _Record] = OrderedDict()
+        self._kept: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._settled: dict[str, list[admin_pb2.StageTrace]] = {}
 
-    def add(self, stream: RequestStream, sequence: Sequence | None) -> None:
+    def add(self, live: LiveRequest) -> None:
         """Keep a request from its admission on."""
-        self._records[stream.request.request_id] = _Record(stream, sequence)
-        while len(self._records) > REQUESTS_KEPT:
-            self._records.popitem(last=False)
+        self._forget(live.request.request_id)
+        self._kept[live.request.request_id] = live
+        while len(self._kept) > REQUESTS_KEPT:
+            self._forget(next(iter(self._kept)))
 
-    def settle(self, request_id: str) -> None:
+    def settle(self, live: LiveRequest) -> None:
         """Work out an ended request's times while the stages' are still kept, and let go of the rest."""
-        record = self._records.get(request_id)
-        if record and record.sequence:
-            request = record.stream.request
-            if self._tracing and request.trace:
-                self._tracing.requests.add(
-                    request.trace, record.stream.times, record.sequence, self._stages, self._tracing.steps.ids
-                )
-            record.stages = self._traces(record.sequence)
-            record.sequence = None
+        request_id, sequence = live.request.request_id, live.sequence
+        if sequence is None:
+            return
+        if self._tracing and live.request.trace:
+            self._tracing.requests.add(
+                live.request.trace, live, sequence, self._stages, self._tracing.steps.ids
+            )
+        live.sequence, live.num_tokens = None, len(sequence.token_ids)
+        if self._kept.get(request_id) is live:
+            self._settled[request_id] = self._traces(sequence)
 
     def trace(self, request_id: str) -> admin_pb2.GetRequestTraceResponse | None:
         """Where a request's time went so far; None if it is not among the kept."""
-        record = self._records.get(request_id)
-        if record is None:
+        live = self._kept.get(request_id)
+        if live is None:
             return None
-        stream = record.stream
-        times = stream.times
-        stages = record.stages
-        if stages is None:
-            stages = self._traces(record.sequence) if record.sequence else []
-        state = "failed" if stream.error else stream.finish.value if stream.finish else "running"
+        sequence = live.sequence
+        state = "failed" if live.error else live.finish.value if live.finish else "running"
         response = admin_pb2.GetRequestTraceResponse(
             request_id=request_id,
             state=state,
-            prompt_tokens=len(stream.request.prompt),
-            output_tokens=stream.num_tokens,
-            stages=stages,
-            trace_id=stream.request.trace[:16].hex(),
+            prompt_tokens=len(live.request.prompt),
+            output_tokens=len(sequence.token_ids) if sequence else live.num_tokens,
+            stages=self._traces(sequence) if sequence else self._settled.get(request_id),
+            trace_id=live.request.trace[:16].hex(),
         )
-        if times.first_token:
-            response.ttft_ms = (times.first_token - times.arrived) * 1e3
-        if times.admitted:
-            response.queue_ms = (times.admitted - times.arrived) * 1e3
-        if times.ended:
-            response.total_ms = (times.ended - times.arrived) * 1e3
+        if live.first_token:
+            response.ttft_ms = (live.first_token - live.arrived) * 1e3
+        if live.admitted:
+            response.queue_ms = (live.admitted - live.arrived) * 1e3
+        if live.ended:
+            response.total_ms = (live.ended - live.arrived) * 1e3
         return response
+
+    def _forget(self, request_id: str) -> None:
+        self._kept.pop(request_id, None)
+        self._settled.pop(request_id, None)
 
     def _traces(self, sequence: Sequence) -> list[admin_pb2.StageTrace]:
         prefill = np.array(sequence.prefill_steps, np.int64)

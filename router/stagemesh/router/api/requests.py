@@ -1,30 +1,33 @@
-"""Every live request of the router, between the services above and the lane below."""
+"""Every live request of the router, between the public sides above and the lane below."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
-from stagemesh.router.api.checking import check
+import numpy as np
+
+from stagemesh.router.api.backend import End, Outlet
 from stagemesh.router.api.history import SETTLE_S, RequestHistory
+from stagemesh.router.api.live_request import LiveRequest, SlotTable
 from stagemesh.router.api.served_model import ServedModel
-from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
-from stagemesh.router.scheduler import Delta, Finish, Request, StepDeltas
+from stagemesh.router.scheduler import Finish, Request, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.tracing.tracing import RouterTracing
-from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import DeadlineExceededError, StagemeshError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 
+NO_ENDS: list[End] = []
+
+
 class Requests:
-    """Starts and ends requests on the lane, and counts them.
+    """Starts and ends requests on the lane, counts them, and hands each public side what is for it.
 
     Args:
         config: Of the router.
@@ -41,7 +44,6 @@ class Requests:
         tracing: RouterTracing | None = None,
     ) -> None:
         self.model = model
-        self.tracing = tracing
         self.lane = Lane(
             config,
             model.fingerprint,
@@ -60,56 +62,52 @@ class Requests:
         self.num_failed = 0
         self.prompt_tokens = 0
         self.output_tokens = 0
-        self._live: dict[str, RequestStream] = {}
+        self._live: dict[str, LiveRequest] = {}
+        self._ports: list[Port | None] = []
+        self._by_slot = SlotTable()
 
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
 
-    def start(self, message: inference_pb2.GenerateRequest, remaining_s: float | None) -> RequestStream:
-        """Check a request and hand it to the lane; refusals are raised with the request's id.
+    def connect(self, outlet: Outlet) -> Port:
+        """A public side; it may submit through the port from now on, until it closes it."""
+        index = next((i for i, port in enumerate(self._ports) if port is None), len(self._ports))
+        port = Port(self, index, outlet)
+        self._ports[index : index + 1] = [port]
+        return port
 
-        Args:
-            message: The request.
-            remaining_s: What is left of the caller's deadline; None if it has none.
-        """
-        trace = self.tracing.server.begin(message) if self.tracing else None
-        try:
-            if self.draining:
-                raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
-            request = check(message, self.model)
-            if remaining_s is not None:
-                request = replace(request, deadline=time.monotonic() + remaining_s)
-            if trace:
-                request = replace(request, trace=trace.context)
-            stream = RequestStream(request, self.model.tokenizer)
-            stream.trace = trace
-            self.lane.submit(request)
-        except StagemeshError as error:
-            error.request_id = error.request_id or message.request_id
+    def disconnect(self, port: Port) -> None:
+        """That side is gone: its requests are aborted."""
+        self._ports[port.index] = None
+        for live in list(port.live.values()):
             self.num_failed += 1
-            if trace and self.tracing:
-                self.tracing.server.refuse(trace, error)
-            raise
-        self._live[request.request_id] = stream
-        if message.timeout_ms:
-            stream.expiry = asyncio.get_running_loop().call_later(
-                message.timeout_ms / 1e3, self._expire, stream
+            self._end(
+                live, error=UnavailableError("the API worker of the request ended", reason="WORKER_LOST")
             )
+            self.lane.abort(live.request.request_id)
+
+    def submit(self, live: LiveRequest) -> None:
+        """Hand a request to the lane.
+
+        Raises:
+            StagemeshError: It is refused.
+        """
+        if self.draining:
+            raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
+        request = live.request
+        self.lane.submit(request)
+        self._live[request.request_id] = live
+        live.port.live[live.handle] = live
         self.prompt_tokens += len(request.prompt)
         scheduler = self.lane.scheduler
-        self.history.add(stream, scheduler.sequence(request.request_id) if scheduler else None)
-        return stream
+        live.sequence = scheduler.sequence(request.request_id) if scheduler else None
+        self.history.add(live)
 
     def abort(self, request_id: str) -> bool:
         """End a request with finish reason ABORT; False if it is not live."""
         return self.lane.abort(request_id)
-
-    def abandon(self, stream: RequestStream) -> None:
-        """Its reader went away. Once it has ended, its id may belong to another request."""
-        if self._live.get(stream.request.request_id) is stream:
-            self.abort(stream.request.request_id)
 
     async def drain(self, timeout_s: float | None) -> int:
         """Take no more requests and wait for those that run; returns how many are left at the timeout."""
@@ -121,60 +119,112 @@ class Requests:
 
     def fail_all(self, error: StagemeshError) -> None:
         """End every live request with an error."""
-        for stream in list(self._live.values()):
-            self._take_lost(stream.request, error)
-
-    def _take_deltas(self, deltas: StepDeltas) -> None:
-        for delta in deltas:
-            self._take_delta(delta)
-
-    def _take_delta(self, delta: Delta) -> None:
-        if delta.finish is Finish.DEADLINE:
-            self._take_lost(
-                delta.request, DeadlineExceededError("the deadline passed before the answer was whole")
-            )
-            return
-        stream = self._live.get(delta.request.request_id)
-        if stream is None:
-            return
-        self.output_tokens += len(delta.token_ids)
-        stream.push(delta)
-        if delta.finish:
-            self.num_finished += 1
-            self._end(stream)
+        for live in list(self._live.values()):
+            self._take_lost(live.request, error)
 
     def _take_admitted(self, sequence: Sequence) -> None:
-        stream = self._live.get(sequence.request.request_id)
-        if stream and not stream.times.admitted:
-            stream.times.admitted = time.monotonic()
-            stream.num_cached = sequence.num_cached
+        live = self._live.get(sequence.request.request_id)
+        if live is None:
+            return
+        table, slot = self._by_slot, sequence.slot
+        table.make_room(slot)
+        table.handles[slot], table.ports[slot] = live.handle, live.port.index
+        table.awaits_first[slot] = not live.first_token
+        if not live.admitted:
+            live.admitted = time.monotonic()
+            live.num_cached = sequence.num_cached
+
+    def _take_deltas(self, deltas: StepDeltas) -> None:
+        """The per-token path: nothing here is done for each token but by numpy."""
+        table, slots = self._by_slot, deltas.slots
+        if table.awaits_first[slots].any():
+            self._take_first_tokens(deltas)
+        self.output_tokens += len(slots)
+        ends = self._take_ends(deltas.ends)
+        handles, ports = table.handles[slots], table.ports[slots]
+        for port in self._ports:
+            if port is None:
+                continue
+            mine = ports == port.index
+            count, ended = np.count_nonzero(mine), ends.get(port.index, NO_ENDS)
+            if count == len(slots) and count:
+                port.outlet.take(handles, deltas.token_ids, ended)
+            elif count or ended:
+                port.outlet.take(handles[mine], deltas.token_ids[mine], ended)
+
+    def _take_first_tokens(self, deltas: StepDeltas) -> None:
+        now, table = time.monotonic(), self._by_slot
+        first = table.awaits_first[deltas.slots]
+        table.awaits_first[deltas.slots] = False
+        for sequence in deltas.sequences[first]:
+            if live := self._live.get(sequence.request.request_id):
+                live.first_token = now
+
+    def _take_ends(self, ends: Iterable[tuple[Sequence, Finish]]) -> dict[int, list[End]]:
+        """Count those that ended; returns the ends that are told with the tokens, by port."""
+        by_port: dict[int, list[End]] = {}
+        for sequence, finish in ends:
+            live = self._live.get(sequence.request.request_id)
+            if live is None or live.request is not sequence.request:
+                continue
+            if finish is Finish.DEADLINE:
+                error = DeadlineExceededError("the deadline passed before the answer was whole")
+                self._take_lost(sequence.request, error)
+                continue
+            self.num_finished += 1
+            by_port.setdefault(live.port.index, []).append(End(live.handle, finish, live.num_cached))
+            self._end(live, finish=finish)
+        return by_port
 
     def _take_lost(self, request: Request, error: StagemeshError) -> None:
-        stream = self._live.get(request.request_id)
-        if stream is None:
+        live = self._live.get(request.request_id)
+        if live is None:
             return
         self.num_failed += 1
-        stream.fail(error.of_request(request.request_id))
-        self._end(stream)
+        self._end(live, error=error.of_request(request.request_id))
+        if self._ports[live.port.index] is live.port and live.error:
+            live.port.outlet.fail(live.handle, live.error)
 
-    def _expire(self, stream: RequestStream) -> None:
-        """Its own deadline, which gRPC does not watch, has passed."""
-        request_id = stream.request.request_id
-        self.num_failed += 1
-        stream.fail(
-            DeadlineExceededError(
-                f"timeout_ms passed after {stream.num_tokens} tokens; ask for fewer, or give it longer",
-                request_id=request_id,
-            )
-        )
-        self._end(stream)
-        self.lane.abort(request_id)
-
-    def _end(self, stream: RequestStream) -> None:
-        request_id = stream.request.request_id
+    def _end(
+        self, live: LiveRequest, *, finish: Finish | None = None, error: StagemeshError | None = None
+    ) -> None:
+        live.finish, live.error = finish, error
+        live.ended = time.monotonic()
+        request_id = live.request.request_id
         del self._live[request_id]
-        if stream.expiry:
-            stream.expiry.cancel()
-        if stream.trace and self.tracing:
-            self.tracing.server.end(stream.trace, stream)
-        asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, request_id)
+        live.port.live.pop(live.handle, None)
+        asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, live)
+
+
+class Port:
+    """The Backend of one public side."""
+
+    def __init__(self, requests: Requests, index: int, outlet: Outlet) -> None:
+        self.index = index
+        self.outlet = outlet
+        self.live: dict[int, LiveRequest] = {}
+        """By handle."""
+        self._requests = requests
+
+    def submit(self, handle: int, request: Request, arrived: float) -> None:
+        """Start a request; a refusal goes to the outlet."""
+        live = LiveRequest(request=request, arrived=arrived, port=self, handle=handle)
+        try:
+            self._requests.submit(live)
+        except StagemeshError as error:
+            error.request_id = error.request_id or request.request_id
+            self._requests.num_failed += 1
+            self.outlet.fail(handle, error)
+
+    def abandon(self, handle: int) -> None:
+        """Nobody reads it any more. Once it has ended, its id may belong to another request."""
+        if live := self.live.get(handle):
+            self._requests.abort(live.request.request_id)
+
+    def refused(self) -> None:
+        """Counts as failed."""
+        self._requests.num_failed += 1
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whoever made it."""
+        return self._requests.abort(request_id)

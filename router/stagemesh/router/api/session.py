@@ -3,66 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
 import time
 from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.stream import RequestStream
+from stagemesh.router.api.streams import Streams
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import InvalidArgumentError, StagemeshError
 from stagemesh.wire.status import to_proto
+
+TURN_S = 0.002
+"""Tokenizing a message full of long prompts gives way to others after this time."""
 
 
 class Session:
     """The requests of one Session call.
 
     What comes in while a message is being written goes into the next one, so a slow client gets fewer and
-    larger messages, never a queue that grows with every token.
+    larger messages, never a queue that grows: what waits for it is bounded by its requests' max_tokens.
 
     Args:
-        requests: Of the router.
-        remaining_s: What is left of the call's deadline, which is every request's; None if it has none.
+        streams: Of this public side.
+        deadline: Of the call, monotonic seconds; it holds for every request.
     """
 
-    def __init__(self, requests: Requests, remaining_s: float | None) -> None:
-        self._requests = requests
-        self._deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
+    def __init__(self, streams: Streams, deadline: float) -> None:
+        self._all = streams
+        self._deadline = deadline
         self._streams: dict[str, RequestStream] = {}
         self._refused: list[inference_pb2.SessionEnd] = []
-        self._changed: dict[str, RequestStream] = {}
+        self._changed: list[RequestStream] = []
         self._wake = asyncio.Event()
 
     async def run(
         self, requests: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        """Serve until the client has closed its side and every request has ended."""
+        """Serve until the client has closed its side and every request has ended.
+
+        Raises:
+            InvalidArgumentError: The client sent what is no SessionRequest; its requests are aborted.
+        """
         reader = asyncio.create_task(self._read(requests))
         reader.add_done_callback(lambda _: self._wake.set())
         try:
             while not (reader.done() and not self._streams and not self._refused):
                 await self._wake.wait()
                 self._wake.clear()
+                if reader.done():
+                    reader.result()
                 response = self._collect()
                 if response.request_ids or response.ends:
                     await context.write(response)
-            await reader
         finally:
             reader.cancel()
-            for stream in list(self._streams.values()):
-                self._requests.abandon(stream)
+            for stream in self._streams.values():
+                self._all.abandon(stream)
+
+    def note(self, stream: RequestStream) -> None:
+        """One of its streams has something."""
+        self._changed.append(stream)
+        self._wake.set()
 
     async def _read(self, requests: AsyncIterator[inference_pb2.SessionRequest]) -> None:
         async for request in requests:
+            turn_ends = time.monotonic() + TURN_S
             for start in request.start:
                 self._start(start)
+                if time.monotonic() > turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + TURN_S
             for request_id in request.cancel:
                 if stream := self._streams.pop(request_id, None):
-                    self._requests.abandon(stream)
-                    self._changed.pop(request_id, None)
+                    self._all.abandon(stream)
 
     def _start(self, message: inference_pb2.GenerateRequest) -> None:
         try:
@@ -72,39 +86,55 @@ class Session:
                     field="request_id",
                     reason="BAD_FIELD",
                 )
-            stream = self._requests.start(message, self._deadline - time.monotonic())
+            if message.request_id in self._streams:
+                raise InvalidArgumentError(
+                    f"request_id '{message.request_id}' is live in this session; choose another",
+                    field="request_id",
+                    reason="DUPLICATE_REQUEST_ID",
+                    request_id=message.request_id,
+                )
+            stream = self._all.start(message, self._deadline, self)
         except StagemeshError as error:
             self._refused.append(_failed(message.request_id, error))
             self._wake.set()
             return
-        self._streams[stream.request.request_id] = stream
-        stream.on_change = self._note
-
-    def _note(self, stream: RequestStream) -> None:
-        self._changed[stream.request.request_id] = stream
-        self._wake.set()
+        self._streams[message.request_id] = stream
 
     def _collect(self) -> inference_pb2.SessionResponse:
-        changed, self._changed = self._changed, {}
+        changed, self._changed = self._changed, []
         refused, self._refused = self._refused, []
-        response = inference_pb2.SessionResponse(ends=refused)
-        for request_id, stream in changed.items():
-            token_ids, text = stream.take()
-            if token_ids:
-                response.request_ids.append(request_id)
-                response.texts.append(text)
-                response.token_counts.append(len(token_ids))
-                response.token_ids.extend(token_ids)
-            if stream.error:
-                response.ends.append(_failed(request_id, stream.error))
-            elif stream.finish:
-                end = response.ends.add(request_id=request_id, finish_reason=stream.finish_reason)
-                end.usage.CopyFrom(stream.usage)
-            else:
+        request_ids, texts, counts = [], [], []
+        token_ids: list[int] = []
+        ended = []
+        for stream in changed:
+            request_id = stream.request.request_id
+            if self._streams.get(request_id) is not stream:  # cancelled
                 continue
-            with contextlib.suppress(KeyError):
+            new_ids, text = stream.take()
+            if new_ids:
+                request_ids.append(request_id)
+                texts.append(text)
+                counts.append(len(new_ids))
+                token_ids += new_ids
+            if stream.finish is not None or stream.error is not None:
+                ended.append(stream)
                 del self._streams[request_id]
-        return response
+        return inference_pb2.SessionResponse(
+            request_ids=request_ids,
+            texts=texts,
+            token_counts=counts,
+            token_ids=token_ids,
+            ends=[*refused, *map(_end, ended)],
+        )
+
+
+def _end(stream: RequestStream) -> inference_pb2.SessionEnd:
+    request_id = stream.request.request_id
+    if stream.error:
+        return _failed(request_id, stream.error)
+    return inference_pb2.SessionEnd(
+        request_id=request_id, finish_reason=stream.finish_reason, usage=stream.usage
+    )
 
 
 def _failed(request_id: str, error: StagemeshError) -> inference_pb2.SessionEnd:

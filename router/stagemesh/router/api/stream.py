@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
-from stagemesh.router.scheduler import Delta, Finish, Request
-from stagemesh.router.text import IncrementalDetokenizer, Tokenizer
+from stagemesh.router.scheduler import Finish, Request
+from stagemesh.router.text import Tokenizer
 from stagemesh.router.tracing.request_trace import RequestTrace
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import StagemeshError
@@ -20,42 +19,60 @@ FINISH_REASONS = {
 }
 
 
-@dataclass(slots=True)
-class StreamTimes:
-    """Monotonic seconds of what happened to a request; 0 where it has not."""
+class Reader(Protocol):
+    """Who writes a stream's tokens to its client."""
 
-    arrived: float
-    admitted: float = 0.0
-    """Its first step was sent."""
-    first_token: float = 0.0
-    ended: float = 0.0
+    def note(self, stream: RequestStream) -> None:
+        """The stream has something again: told once, until `RequestStream.take`."""
 
 
 class RequestStream:
-    """Collects the deltas of a request until its writer takes them: tokens coalesce while the writer is busy.
+    """Collects the tokens of a request until its reader takes them: they coalesce while the reader is busy.
 
     Args:
+        handle: Names it to the scheduler's side.
         request: Whose tokens.
         tokenizer: None where the model has none; the text stays empty then.
+        reader: Told when there is something to take.
+        arrived: Monotonic seconds.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    __slots__ = (
+        "_text",
+        "arrived",
+        "ended",
+        "error",
+        "finish",
+        "first_token",
+        "handle",
+        "num_cached",
+        "num_tokens",
+        "pending",
+        "reader",
+        "request",
+        "trace",
+    )
+
+    def __init__(
+        self, handle: int, request: Request, tokenizer: Tokenizer | None, reader: Reader, arrived: float
+    ) -> None:
+        self.handle = handle
         self.request = request
-        self.times = StreamTimes(time.monotonic())
-        self.num_tokens = 0
-        self.num_cached = 0
-        """Prompt tokens found in the prefix cache."""
-        self.finish: Finish | None = None
-        self.error: StagemeshError | None = None
+        self.reader = reader
+        self.arrived = arrived
+        self.first_token = 0.0
+        self.ended = 0.0
+        """Monotonic seconds; 0 until then."""
         self.trace: RequestTrace | None = None
         """Set where the request is sampled."""
-        self.on_change: Callable[[RequestStream], None] | None = None
-        """Called at every push and at the end, by a writer that serves many streams."""
-        self.expiry: asyncio.TimerHandle | None = None
-        """Runs when its own timeout has passed."""
-        self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
-        self._token_ids: list[int] = []
-        self._wake = asyncio.Event()
+        self.pending: list[int] = []
+        """Token ids that were not taken yet."""
+        self.num_tokens = 0
+        """Taken so far."""
+        self.num_cached = 0
+        self.finish: Finish | None = None
+        self.error: StagemeshError | None = None
+        self._text = tokenizer.decoding.stream() if tokenizer else None
 
     @property
     def finish_reason(self) -> inference_pb2.FinishReason:
@@ -64,56 +81,63 @@ class RequestStream:
 
     @property
     def usage(self) -> inference_pb2.Usage:
-        """Tokens so far."""
+        """Tokens taken so far."""
         return inference_pb2.Usage(
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.num_tokens,
             cached_tokens=self.num_cached,
         )
 
-    def push(self, delta: Delta) -> None:
-        """New tokens, or the end."""
-        if not self.num_tokens and delta.token_ids:
-            self.times.first_token = time.monotonic()
-        self.num_tokens += len(delta.token_ids)
-        self._token_ids += delta.token_ids
-        if delta.finish:
-            self.finish = delta.finish
-            self.times.ended = time.monotonic()
-        self._changed()
+    def end(self, finish: Finish, num_cached: int) -> None:
+        """It ended well."""
+        self.finish, self.num_cached = finish, num_cached
+        self.ended = time.monotonic()
+        if not self.pending:
+            self.reader.note(self)
 
     def fail(self, error: StagemeshError) -> None:
         """It ends with an error; what it already has is still delivered."""
         self.error = error
-        self.times.ended = time.monotonic()
-        self._changed()
+        self.ended = time.monotonic()
+        if not self.pending:
+            self.reader.note(self)
 
     def take(self) -> tuple[list[int], str]:
         """The token ids that came since the last call, and the text that became final with them."""
-        token_ids, self._token_ids = self._token_ids, []
-        if self._detokenizer is None:
+        token_ids = self.pending
+        self.pending = []
+        if not self.num_tokens:
+            self.first_token = time.monotonic()
+        self.num_tokens += len(token_ids)
+        if self._text is None:
             return token_ids, ""
+        if self.finish is None:
+            return token_ids, self._text.push(token_ids)
         # An end token that ended the request is not part of the answer.
-        stopped = self.finish is Finish.STOP
-        text = self._detokenizer.push(token_ids[:-1] if stopped else token_ids)
-        return token_ids, text + self._detokenizer.finish() if self.finish else text
+        text = self._text.push(token_ids[:-1] if self.finish is Finish.STOP else token_ids)
+        return token_ids, text + self._text.finish()
 
-    async def next(self) -> inference_pb2.GenerateResponse:
-        """The next message; its finish_reason is set in the last. Raises what `fail` was given."""
+
+class OneStream:
+    """Reader of a single stream: what Generate writes from."""
+
+    def __init__(self) -> None:
+        self._wake = asyncio.Event()
+
+    def note(self, stream: RequestStream) -> None:
+        self._wake.set()
+
+    async def next(self, stream: RequestStream) -> inference_pb2.GenerateResponse:
+        """The next message; its finish_reason is set in the last. Raises the error the stream ended with."""
         await self._wake.wait()
         self._wake.clear()
-        token_ids, text = self.take()
-        if self.error:
+        token_ids, text = stream.take()
+        if stream.error:
             if not token_ids:
-                raise self.error
+                raise stream.error
             self._wake.set()
         response = inference_pb2.GenerateResponse(token_ids=token_ids, text=text)
-        if self.finish:
-            response.finish_reason = self.finish_reason
-            response.usage.CopyFrom(self.usage)
+        if stream.finish:
+            response.finish_reason = stream.finish_reason
+            response.usage.CopyFrom(stream.usage)
         return response
-
-    def _changed(self) -> None:
-        self._wake.set()
-        if self.on_change:
-            self.on_change(self)

@@ -231,6 +231,7 @@ class Lane:
                 return self._lost.result()
             if error := self._overdue():
                 return error
+            self._pump_soon()  # deadlines pass also where no result comes
 
     def _overdue(self) -> StageLostError | None:
         """The control plane is the failure detector: silence and unanswered steps name their stage."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagemesh.router.api.stream import StreamTimes
+from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
@@ -73,17 +73,17 @@ class RequestSpans:
         return self._ended.num_dropped
 
     def add(
-        self, context: bytes, times: StreamTimes, sequence: Sequence, stages: Seq[StageLink], steps: StepIds
+        self, context: bytes, request: LiveRequest, sequence: Sequence, stages: Seq[StageLink], steps: StepIds
     ) -> None:
         """A sampled request has ended, and the stages have reported its steps."""
         prefill = np.array(sequence.prefill_steps, np.int64)
         decode = np.array(sequence.decode_steps, np.int64)
-        admitted = times.admitted or times.ended
+        admitted = request.admitted or request.ended
         on_stages = [
             _OnStage(stage.index, _on_router_clock(stage, prefill), _on_router_clock(stage, decode))
             for stage in stages
         ]
-        queue_ns = (int(times.arrived * 1e9), int(admitted * 1e9))
+        queue_ns = (int(request.arrived * 1e9), int(admitted * 1e9))
         self._ended.add(_Ended(context, queue_ns, on_stages, steps))
 
     def _spans(self) -> list[Chunk]:

@@ -76,7 +76,7 @@ class ServerSpans:
         return split(spans, self._settings.max_batch)
 
     def _of_stream(self, trace: RequestTrace, stream: RequestStream, wall: int) -> bytes:
-        request, times = stream.request, stream.times
+        request = stream.request
         sampling = request.sampling
         attributes: dict[str, AttributeValue] = {
             Attribute.RESPONSE_ID: request.request_id,
@@ -85,15 +85,15 @@ class ServerSpans:
             Attribute.TOP_P: float(sampling.top_p),
             Attribute.TOP_K: sampling.top_k,
             Attribute.INPUT_TOKENS: len(request.prompt),
-            Attribute.OUTPUT_TOKENS: stream.num_tokens,
+            Attribute.OUTPUT_TOKENS: stream.num_tokens + len(stream.pending),
             Attribute.CACHED_TOKENS: stream.num_cached,
             Attribute.PRIORITY: request.priority,
         }
         if stream.finish:
             attributes[Attribute.FINISH_REASONS] = [stream.finish.value]
-        if times.first_token:
-            attributes[Attribute.TIME_TO_FIRST_CHUNK] = times.first_token - times.arrived
-        return self._span(trace, int(times.ended * 1e9) + wall, wall, attributes, stream.error)
+        if stream.first_token:
+            attributes[Attribute.TIME_TO_FIRST_CHUNK] = stream.first_token - stream.arrived
+        return self._span(trace, int(stream.ended * 1e9) + wall, wall, attributes, stream.error)
 
     def _span(
         self,
