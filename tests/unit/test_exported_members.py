@@ -43,7 +43,17 @@ def test_the_client_exports_these_names_and_has_them() -> None:
 
 
 def test_the_command_has_these_subcommands_and_global_flags() -> None:
-    assert list(COMMANDS) == ["up", "generate", "chat", "status", "trace", "health", "stage", "router"]
+    assert list(COMMANDS) == [
+        "up",
+        "generate",
+        "chat",
+        "status",
+        "trace",
+        "health",
+        "doctor",
+        "stage",
+        "router",
+    ]
     assert flags_of(get_command(make_app())) >= {"--version", "--debug", "--install-completion"}
 
 

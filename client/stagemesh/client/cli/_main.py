@@ -27,6 +27,7 @@ COMMANDS = {
     "status": "Show the stages and the state of the mesh.",
     "trace": "Show where the time of a request went, stage by stage.",
     "health": "Ask a router or a stage whether it is ready.",
+    "doctor": "Check a node before it joins a mesh.",
     "stage": "Run one stage.",
     "router": "Run the router.",
 }
