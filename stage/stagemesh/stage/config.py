@@ -28,7 +28,19 @@ class StageConfig(BaseModel):
     )
     block_size: int = Field(default=16, ge=1, description="Tokens of a KV block.")
     kv_memory: int = Field(default=GIB, gt=0, description="Bytes for KV on a CPU stage, over all its ranks.")
+    gpus: str = Field(default="", description="GPU of each rank, such as 0 or 2,3; empty: from 0 on.")
     memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of a GPU's memory to use.")
+    max_step_tokens: int = Field(
+        default=8192, ge=1, description="Positions of a step that a GPU has buffers for."
+    )
+    max_graph_rows: int = Field(
+        default=512, ge=1, description="Rows of a decode step up to which a CUDA graph runs it."
+    )
+    cuda_graphs: bool = Field(default=True, description="Decode by CUDA graphs.")
+    symmetric_memory: bool = Field(
+        default=True, description="Ranks sum small tensors through memory they share over NVLink."
+    )
+    nccl_links: bool = Field(default=True, description="Offer NCCL to neighbour stages.")
     max_slots: int = Field(
         default=512, ge=1, description="Sequences the stage holds at most, for each stage of its lane."
     )

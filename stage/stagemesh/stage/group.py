@@ -21,11 +21,14 @@ class RankGroup:
         self.size = size
 
     @classmethod
-    def connect(cls, rank: int, size: int, store: Path, *, timeout_s: float) -> RankGroup:
-        """Join the group of `size` ranks that meet at the file `store`."""
+    def connect(
+        cls, rank: int, size: int, store: Path, *, timeout_s: float, device: torch.device | None = None
+    ) -> RankGroup:
+        """Join the group of `size` ranks that meet at the file `store`; over NCCL with the rank's GPU."""
         if size > 1:
             dist.init_process_group(
-                "gloo",
+                "gloo" if device is None else "nccl",
+                device_id=device,
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=size,

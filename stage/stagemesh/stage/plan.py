@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import parse_layers, parse_stage, split_layers
 from stagemesh.stage.config import StageConfig
+from stagemesh.stage.gpus import Gpu, list_gpus, pick_gpus
+from stagemesh.stage.memory import GPUMemory, MemoryNeeds, StageMemory, require_fit, stage_memory
 from stagemesh.wire.errors import ConfigError
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element."""
+MAX_STAGES = 8
+"""Stages of a lane that a stage told only its layers makes tables for."""
+LINK_DEPTH = 8
+"""Steps that a GPU's link buffers are accounted for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,17 @@ class StagePlan:
     dtype: str
     num_blocks: int
     max_context: int
+    max_slots: int
+    """Of a lane, as far as this stage can tell."""
+    gpus: tuple[Gpu, ...] = ()
+    """Of each rank; none: the stage computes on the CPU."""
+    memory: StageMemory | None = None
+    """Of a stage on GPUs."""
+
+    @property
+    def device(self) -> str:
+        """ "cuda" or "cpu"."""
+        return "cuda" if self.gpus else "cpu"
 
 
 def plan_stage(config: StageConfig) -> StagePlan:
@@ -37,9 +55,11 @@ def plan_stage(config: StageConfig) -> StagePlan:
         layers = split_layers(model, count)[index]
     else:
         layers = range(model.num_layers)
-    if config.device == "cuda":
-        raise ConfigError("--device cuda: this release computes on CPUs; CUDA stages come with a later one")
-    dtype = "float32" if config.dtype == "auto" else config.dtype
+    gpus = _gpus(config)
+    dtype: str = config.dtype
+    if dtype == "auto":
+        stored = model.stored_dtype if model.stored_dtype in ("bfloat16", "float16") else "bfloat16"
+        dtype = stored if gpus else "float32"
     max_context = model.max_context
     if config.max_context is not None:
         if config.max_context > max_context:
@@ -47,6 +67,42 @@ def plan_stage(config: StageConfig) -> StagePlan:
                 f"--max-context {config.max_context}: the model's context is {max_context} tokens"
             )
         max_context = config.max_context
+    deals = deal(model, config.tp)
+    max_slots = config.max_slots * (_num_stages(config) or MAX_STAGES)
+    memory = None
+    if gpus:
+        memory = _fit(config, model, layers, deals, gpus, dtype, max_context, max_slots)
+        num_blocks = memory.num_blocks
+    else:
+        num_blocks = _cpu_blocks(config, model, layers, dtype)
+    return StagePlan(
+        source=source,
+        layers=layers,
+        deals=deals,
+        dtype=dtype,
+        num_blocks=num_blocks,
+        max_context=max_context,
+        max_slots=max_slots,
+        gpus=gpus,
+        memory=memory,
+    )
+
+
+def _gpus(config: StageConfig) -> tuple[Gpu, ...]:
+    """Of each rank; none: CPU."""
+    if config.device == "cpu" or config.engine == "sim":
+        return ()
+    there = list_gpus()
+    if config.device == "auto" and not there:
+        return ()
+    return pick_gpus(config.gpus, config.tp, there)
+
+
+def _num_stages(config: StageConfig) -> int:
+    return parse_stage(config.stage)[1] if config.stage else 0
+
+
+def _cpu_blocks(config: StageConfig, model: ModelConfig, layers: range, dtype: str) -> int:
     block_bytes = 2 * len(layers) * config.block_size * model.num_kv_heads * model.head_dim * ITEMSIZE[dtype]
     num_blocks = config.kv_memory // block_bytes
     if num_blocks < 1:
@@ -54,11 +110,30 @@ def plan_stage(config: StageConfig) -> StagePlan:
             f"--kv-memory {config.kv_memory}: one KV block of {config.block_size} tokens takes {block_bytes} bytes here; "
             "give more memory or a smaller --block-size"
         )
-    return StagePlan(
-        source=source,
-        layers=layers,
-        deals=deal(model, config.tp),
-        dtype=dtype,
-        num_blocks=num_blocks,
+    return num_blocks
+
+
+def _fit(
+    config: StageConfig,
+    model: ModelConfig,
+    layers: range,
+    deals: tuple[RankDeal, ...],
+    gpus: tuple[Gpu, ...],
+    dtype: str,
+    max_context: int,
+    max_slots: int,
+) -> StageMemory:
+    """What each rank will hold; refused if that leaves no room for one sequence of a block."""
+    needs = MemoryNeeds(
+        step_tokens=config.max_step_tokens,
+        sampled_rows=min(config.max_graph_rows, config.max_step_tokens),
+        depth=LINK_DEPTH,
+        max_slots=max_slots,
         max_context=max_context,
+        block_size=config.block_size,
+        itemsize=ITEMSIZE[dtype],
     )
+    memories = [GPUMemory(total_bytes=gpu.total_bytes, share=config.memory_share) for gpu in gpus]
+    memory = stage_memory(model, layers, deals, needs, memories)
+    require_fit(model, memory, needs, memories[memory.limiting_rank], 1)
+    return memory

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stagemesh.stage.engine.batch import Batch
 from stagemesh.v1 import stage_pb2
+from stagemesh.wire.errors import StageLostError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,54 @@ class CompleteStep:
         return self.output
 
 
+class EngineLinks(Protocol):
+    """Links of an engine's own, from device to device; calls but `launch`'s may come from any thread."""
+
+    sends_hidden: bool
+    receives_hidden: bool
+    sends_ring: bool
+    receives_ring: bool
+
+    def prepare(self, kind: int) -> bytes:
+        """Mint the id of this rank's end of a link that it receives on."""
+
+    def connect(self, request: stage_pb2.ConnectLinkRequest) -> None:
+        """Open a link; returns when dummy data has passed both ways."""
+
+    def check(self) -> str:
+        """What is wrong with a link, for people; empty if nothing is known to be."""
+
+    def abort(self) -> None:
+        """Break off every link; whoever waits in one goes on."""
+
+
+class NoLinks:
+    """Of an engine whose inputs and outputs go through the host."""
+
+    sends_hidden = receives_hidden = sends_ring = receives_ring = False
+
+    def prepare(self, kind: int) -> bytes:
+        """There is none."""
+        raise StageLostError("this rank has no links of its own", reason="TRANSPORT_UNKNOWN")
+
+    def connect(self, request: stage_pb2.ConnectLinkRequest) -> None:
+        """There is none."""
+        raise StageLostError("this rank has no links of its own", reason="TRANSPORT_UNKNOWN")
+
+    def check(self) -> str:
+        """Nothing is."""
+        return ""
+
+    def abort(self) -> None:
+        """There is nothing to."""
+
+
 class Engine(Protocol):
     """Computes steps in order. It holds weights and KV; the slots are the worker's."""
+
+    @property
+    def links(self) -> EngineLinks:
+        """Its own; a link it has not goes through the leader."""
 
     @property
     def holds_tokens(self) -> bool:
@@ -112,6 +159,7 @@ class HostEngine(ABC):
     """An engine that computes in the calling thread and is done when it returns."""
 
     holds_tokens = False
+    links = NoLinks()
 
     def open(self, lane: stage_pb2.OpenLaneRequest) -> None:  # noqa: B027 - most have nothing to do
         """Nothing of an epoch is left in such an engine."""

@@ -37,6 +37,8 @@ class LeaderLane:
     last_received: int = 0
     last_done: int = 0
     executing: bool = False
+    _asked: dict[tuple[object, ...], list[asyncio.Future[bytes]]] = field(default_factory=dict)
+    """What the ranks were asked about links of their own."""
     _results: list[bytes] = field(default_factory=list)
     _timings: list[Timings] = field(default_factory=list)
     _num_timings: int = 0
@@ -52,6 +54,18 @@ class LeaderLane:
         if self.error is None:
             self.error = error
             self.wake.set()
+
+    def ask_ranks(self, question: tuple[object, ...], ranks: int) -> list[asyncio.Future[bytes]]:
+        """Where the answer of each rank will be."""
+        loop = asyncio.get_running_loop()
+        self._asked[question] = [loop.create_future() for _ in range(ranks)]
+        return self._asked[question]
+
+    def answer(self, question: tuple[object, ...], rank: int, answer: bytes) -> None:
+        """A rank's answer; one that comes too late is dropped."""
+        future = self._asked[question][rank]
+        if not future.done():
+            future.set_result(answer)
 
     def add_result(self, response: bytes) -> None:
         """A serialized ExecuteResponse from the worker."""

@@ -23,6 +23,7 @@ from stagemesh.stage.local_socket import Part
 from stagemesh.stage.plan import StagePlan
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import protocol
+from stagemesh.wire.columns import U64, pack, unpack
 from stagemesh.wire.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -78,7 +79,7 @@ class StageLeader:
         failures = 0
         while True:
             display = LoadDisplay(self._name)
-            group = WorkerGroup(self._config, self._take, display.update)
+            group = WorkerGroup(self._config, self._take, display.update, cuda=bool(self._plan.gpus))
             try:
                 with display:
                     await group.start()
@@ -144,7 +145,8 @@ class StageLeader:
             host_name=socket.gethostname(),
             num_cores=len(os.sched_getaffinity(0)),
             threads_per_rank=self._config.num_threads,
-            transports=["grpc"],
+            transports=self.transports(),
+            max_step_tokens=self._config.max_step_tokens if plan.gpus else 0,
             incarnation=self._incarnation,
             not_ready_reason=self._not_ready,
             monotonic_ns=time.monotonic_ns(),
@@ -159,11 +161,19 @@ class StageLeader:
                 weight_bytes=fact.weight_bytes,
                 kv_bytes=fact.kv_bytes,
                 process_id=fact.process_id,
+                gpu_id=fact.backends.get("gpu-id", ""),
+                backends=fact.backends,
             )
         if facts:
             for phase, seconds in facts[0].load_seconds.items():
                 response.load_phases.add(name=phase, seconds=seconds)
         return response
+
+    def transports(self) -> list[str]:
+        """Ways to reach a neighbour, best first; NCCL where every rank has it."""
+        facts = self._group.facts if self._group else []
+        nccl = bool(facts) and all(fact.backends.get("links") == "nccl" for fact in facts)
+        return ["nccl", "grpc"] if nccl else ["grpc"]
 
     async def open_lane(self, request: stage_pb2.OpenLaneRequest) -> str:
         """Raise the epoch; returns the incarnation that serves it."""
@@ -210,6 +220,41 @@ class StageLeader:
                 self._spans.take_steps(request.steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
 
+    async def prepare_nccl(self, lane: LeaderLane, kind: int, timeout_s: float) -> list[bytes]:
+        """The unique id of every rank's end of a link that this stage receives on, in rank order."""
+        answers = lane.ask_ranks(("prepare", kind), self._config.tp)
+        self._require_group().broadcast(ToWorker.PREPARE, pack([lane.epoch, kind], U64))
+        return await self._answers(answers, timeout_s, "did not prepare the link")
+
+    async def connect_nccl(
+        self, lane: LeaderLane, request: stage_pb2.ConnectLinkRequest, timeout_s: float
+    ) -> None:
+        """Let every rank open its end; StageLostError says which one could not, and why."""
+        answers = lane.ask_ranks(("connect", request.kind, request.sender), self._config.tp)
+        self._require_group().broadcast(ToWorker.CONNECT, request.SerializeToString())
+        for rank, problem in enumerate(await self._answers(answers, timeout_s, "did not open the link")):
+            if problem:
+                raise StageLostError(
+                    f"{self._name}: rank {rank} cannot open the link: {problem.decode()}",
+                    reason="LINK_FAILED",
+                    stage=self._name,
+                )
+
+    async def _answers(
+        self, answers: list[asyncio.Future[bytes]], timeout_s: float, what: str
+    ) -> list[bytes]:
+        _, late = await asyncio.wait(answers, timeout=timeout_s)
+        if late:
+            ranks = [rank for rank, answer in enumerate(answers) if answer in late]
+            for answer in late:
+                answer.cancel()
+            raise StageLostError(
+                f"{self._name}: rank {ranks[0]} {what} within {timeout_s:g} s",
+                reason="LINK_FAILED",
+                stage=self._name,
+            )
+        return [answer.result() for answer in answers]
+
     def hand_frame(self, data: bytes, arrival_ns: int) -> None:
         """Pass a frame to the workers as it came in."""
         self._require_group().broadcast(ToWorker.FRAME, arrival_ns.to_bytes(8, "little"), data)
@@ -255,6 +300,20 @@ class StageLeader:
             sender = lane.senders.get(header.kind)
             if header.epoch == lane.epoch and sender:
                 sender.send(header.step, parts[1].buffer)
+        elif kind is ToLeader.PREPARED:
+            rank, epoch, link = unpack(parts[0].bytes, U64, "prepared", 3).tolist()
+            if epoch == lane.epoch:
+                lane.answer(("prepare", link), rank, parts[1].bytes)
+        elif kind is ToLeader.CONNECTED:
+            rank, epoch, link, sender = unpack(parts[0].bytes, U64, "connected", 4).tolist()
+            if epoch == lane.epoch:
+                lane.answer(("connect", link, bool(sender)), rank, parts[1].bytes)
+        elif kind is ToLeader.BROKEN and int.from_bytes(parts[0].bytes, "little") == lane.epoch:
+            lane.fail(
+                StageLostError(
+                    f"{self._name}: {parts[1].bytes.decode()}", reason="LINK_FAILED", stage=self._name
+                )
+            )
         elif kind is ToLeader.WAITING:
             lane.waiting_for = parts[0].bytes.decode()
         elif kind is ToLeader.REFUSED and int.from_bytes(parts[0].bytes, "little") == lane.epoch:

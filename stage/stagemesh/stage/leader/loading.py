@@ -38,13 +38,16 @@ class LoadDisplay:
             )
             self._task = self._bar.add_task(f"{name} loading", total=None)
 
-    def update(self, done: int, total: int) -> None:
-        """Bytes read, and bytes to read, over all ranks."""
+    def update(self, what: str, done: int, total: int) -> None:
+        """What is loaded ("weights", in bytes) or captured ("graphs"), over all ranks."""
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=f"{self._name} {what}")
         elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            log.info("loading: %d of %d MiB", done // MIB, total // MIB)
+            if what == "weights":
+                log.info("loading: %d of %d MiB", done // MIB, total // MIB)
+            else:
+                log.info("%s: %d of %d", what, done, total)
 
     def __enter__(self) -> LoadDisplay:
         if self._bar:
@@ -68,8 +71,9 @@ def load_line(plan: StagePlan, facts: list[RankFacts], config: StageConfig) -> s
         return f"layers {plan.layers.start}:{plan.layers.stop} simulated, cost {config.cost}; {plan.num_blocks} KV blocks"
     slowest = max(facts, key=lambda fact: sum(fact.load_seconds.values()))
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in slowest.load_seconds.items())
+    backends = "".join(f"; {what}: {backend}" for what, backend in facts[0].backends.items())
     return (
         f"layers {plan.layers.start}:{plan.layers.stop} of {plan.source.config.num_layers} on {facts[0].device} "
         f"({plan.dtype}); {ranks}; loaded in {sum(slowest.load_seconds.values()):.1f} s ({phases}); "
-        f"{plan.num_blocks} KV blocks of {config.block_size} tokens; {config.num_threads} threads a rank"
+        f"{plan.num_blocks} KV blocks of {config.block_size} tokens; {config.num_threads} threads a rank{backends}"
     )

@@ -21,6 +21,7 @@ from stagemesh.wire.protocol import EPOCH_KEY
 
 log = logging.getLogger(__name__)
 
+PREPARE_TIMEOUT_S = 5.0
 RAW_METHODS = frozenset({"Execute", "Transfer"})
 CREDIT_BYTES = 4 << 20
 """A receiver acknowledges at least every so many bytes."""
@@ -48,7 +49,10 @@ class StageService:
         self, request: stage_pb2.PrepareLinkRequest, context: Context
     ) -> stage_pb2.PrepareLinkResponse:
         lane = self._leader.lane(request.epoch)
-        _check_transport(request.transport)
+        self._check_transport(request.transport)
+        if request.transport == "nccl":
+            ids = await self._leader.prepare_nccl(lane, request.kind, PREPARE_TIMEOUT_S)
+            return stage_pb2.PrepareLinkResponse(nccl_unique_ids=ids)
         lane.expected[request.kind] = asyncio.Event()
         return stage_pb2.PrepareLinkResponse()
 
@@ -56,9 +60,11 @@ class StageService:
         self, request: stage_pb2.ConnectLinkRequest, context: Context
     ) -> stage_pb2.ConnectLinkResponse:
         lane = self._leader.lane(request.epoch)
-        _check_transport(request.transport)
+        self._check_transport(request.transport)
         timeout_s = request.timeout_ms / 1000
-        if request.sender:
+        if request.transport == "nccl":
+            await self._leader.connect_nccl(lane, request, timeout_s)
+        elif request.sender:
             sender = LinkSender(lane.epoch, request.kind, request.peer_address, lane.fail)
             lane.senders[request.kind] = sender
             await sender.opened(timeout_s)
@@ -123,6 +129,14 @@ class StageService:
                 acknowledged = received
                 await context.write(stage_pb2.TransferResponse(received_bytes=received).SerializeToString())
 
+    def _check_transport(self, transport: str) -> None:
+        offered = self._leader.transports()
+        if transport not in offered:
+            raise FailedPreconditionError(
+                f"transport '{transport}' is not one of this stage's: {', '.join(offered)}",
+                reason="TRANSPORT_UNKNOWN",
+            )
+
     async def _read_steps(self, lane: LeaderLane, requests: AsyncIterator[bytes]) -> None:
         async for message in requests:
             arrival_ns = time.monotonic_ns()
@@ -158,10 +172,3 @@ def _epoch_of(context: Context) -> int:
             f"metadata {EPOCH_KEY} is {value!r}; expected the lane's epoch", reason="NO_EPOCH"
         )
     return int(value)
-
-
-def _check_transport(transport: str) -> None:
-    if transport != "grpc":
-        raise FailedPreconditionError(
-            f"transport '{transport}' is not one of this stage's: grpc", reason="TRANSPORT_UNKNOWN"
-        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagemesh.stage.config import StageConfig
+from stagemesh.stage.cuda.environment import cuda_environment
 from stagemesh.stage.engine.interface import RankFacts
 from stagemesh.stage.local_queue import ToLeader, ToWorker
 from stagemesh.stage.local_socket import LeaderSocket, Part, socket_pair
@@ -30,7 +31,7 @@ SPIN_COUNT = "30000"
 """Turns an OpenMP thread spins for work before it sleeps, where cores are shared: about 0.1 ms."""
 
 OnMessage = Callable[[ToLeader, list[Part]], None]
-OnProgress = Callable[[int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 class WorkerGroup:
@@ -39,11 +40,15 @@ class WorkerGroup:
     Args:
         config: Of the stage.
         on_message: Called in the event loop with every message that concerns a lane.
-        on_progress: Called with (bytes read, bytes in all) over all ranks while they load.
+        on_progress: Called with ("weights", bytes read, bytes in all) over all ranks while they load, then with
+            ("graphs", captured, in all).
     """
 
-    def __init__(self, config: StageConfig, on_message: OnMessage, on_progress: OnProgress) -> None:
+    def __init__(
+        self, config: StageConfig, on_message: OnMessage, on_progress: OnProgress, *, cuda: bool = False
+    ) -> None:
         self._config = config
+        self._cuda = cuda
         self._on_message = on_message
         self._on_progress = on_progress
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-")
@@ -52,6 +57,7 @@ class WorkerGroup:
         self._watchers: list[asyncio.Task[None]] = []
         self._facts: dict[int, RankFacts] = {}
         self._progress: dict[int, tuple[int, int]] = {}
+        self._loading = "weights"
         self._ping = 0
         self._pongs: dict[int, int] = {}
         loop = asyncio.get_running_loop()
@@ -123,6 +129,8 @@ class WorkerGroup:
             # An idle thread must not keep a core from a neighbour that has work, but one that sleeps at once
             # costs a wake-up at each of a step's 150 parallel regions (docs/performance.md, "Waiting").
             environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+        if self._cuda:
+            environment = cuda_environment(environment)
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -164,9 +172,15 @@ class WorkerGroup:
             self._pongs[int(rank)] = int(number)
         elif kind is ToLeader.PROGRESS:
             rank, done, total = unpack(parts[0].bytes, U64, "progress", 3)
+            what = parts[1].bytes.decode() if len(parts) > 1 else "weights"
+            if what != self._loading:
+                self._loading = what
+                self._progress.clear()
             self._progress[int(rank)] = (int(done), int(total))
             self._on_progress(
-                sum(p[0] for p in self._progress.values()), sum(p[1] for p in self._progress.values())
+                what,
+                sum(p[0] for p in self._progress.values()),
+                sum(p[1] for p in self._progress.values()),
             )
         elif kind is ToLeader.READY:
             facts = RankFacts(**json.loads(parts[0].bytes))

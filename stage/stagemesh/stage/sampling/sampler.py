@@ -61,9 +61,7 @@ class Sampler:
 
     def _sample_whole(self, logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
         temperatures = torch.from_numpy(columns.temperatures).unsqueeze(-1)
-        keep = _kept(
-            logits / temperatures, torch.from_numpy(columns.top_ks), torch.from_numpy(columns.top_ps)
-        )
+        keep = kept(logits / temperatures, torch.from_numpy(columns.top_ks), torch.from_numpy(columns.top_ps))
         scores = self._scores(logits, columns, range(self._vocab_size))
         return scores.masked_fill_(~keep, -torch.inf).argmax(dim=-1)
 
@@ -80,10 +78,10 @@ class Sampler:
         return scores
 
 
-def _kept(scaled: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+def kept(scaled: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
     """Which tokens top-k, then top-p leave; bool [S, V]. The most probable one always stays."""
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scaled.shape[-1])
+    rank = torch.arange(scaled.shape[-1], device=scaled.device)
     limit = torch.where(top_ks > 0, top_ks, scaled.shape[-1]).unsqueeze(-1)
     ordered = ordered.masked_fill(rank >= limit, -torch.inf)
     probabilities = ordered.softmax(dim=-1)

@@ -51,9 +51,20 @@ def main() -> int:
 
 def _load(spec: WorkerSpec, queue: WorkerSocket) -> Worker:
     plan = plan_stage(spec.config)
-    engine = _sim_engine(spec, plan) if spec.config.engine == "sim" else _torch_engine(spec, plan, queue)
+    if spec.config.engine == "sim":
+        engine = _sim_engine(spec, plan)
+    elif plan.device == "cuda":
+        engine = _cuda_engine(spec, plan, queue)
+    else:
+        engine = _torch_engine(spec, plan, queue)
     return Worker(
-        spec.rank, engine, queue, queue, block_size=spec.config.block_size, max_context=plan.max_context
+        spec.rank,
+        engine,
+        queue,
+        queue,
+        block_size=spec.config.block_size,
+        max_context=plan.max_context,
+        step_timeout_s=spec.config.worker_timeout_s,
     )
 
 
@@ -109,6 +120,43 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Eng
         dummy=spec.config.load_format == "dummy",
         progress=progress,
         start_seconds={"import": imported - began},
+    )
+
+
+def _cuda_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Engine:
+    began = time.perf_counter()
+    import torch
+
+    from stagemesh.stage.cuda.device import CudaDevice
+    from stagemesh.stage.cuda.parts import make_cuda_engine
+    from stagemesh.stage.group import RankGroup
+
+    imported = time.perf_counter()
+    device = CudaDevice(plan.gpus[spec.rank].index)
+    group = RankGroup.connect(
+        spec.rank,
+        spec.config.tp,
+        Path(spec.store),
+        timeout_s=spec.config.group_timeout_s,
+        device=device.torch_device,
+    )
+    torch.cuda.synchronize()
+    context = time.perf_counter()
+    said: dict[str, float] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - said.get(what, 0.0) > PROGRESS_INTERVAL_S:
+            said[what] = now
+            queue.send_multipart([ToLeader.PROGRESS, pack([spec.rank, done, total], U64), what.encode()])
+
+    return make_cuda_engine(
+        spec.config,
+        plan,
+        group,
+        device,
+        progress=progress,
+        start_seconds={"import": imported - began, "context": context - imported},
     )
 
 

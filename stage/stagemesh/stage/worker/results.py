@@ -21,6 +21,7 @@ class LaunchedStep:
     first_ns: int
     """And the first of its inputs, the worker."""
     number: int
+    launched_ns: int
     handle: StepHandle
 
 
@@ -40,6 +41,12 @@ class ResultThread:
         self._fail = fail
         self._steps: queue.SimpleQueue[LaunchedStep | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._oldest: LaunchedStep | None = None
+
+    @property
+    def oldest(self) -> LaunchedStep | None:
+        """The step whose result is waited for now."""
+        return self._oldest
 
     def add(self, step: LaunchedStep) -> None:
         """Finish the step when its result is there."""
@@ -54,8 +61,11 @@ class ResultThread:
 
     def _run(self) -> None:
         while (step := self._steps.get()) is not None:
+            self._oldest = step
             try:
                 self._finish(step)
             except Exception as error:  # noqa: BLE001 - whatever it is, the launch thread must not go on alone
                 self._fail(error)
                 return
+            finally:
+                self._oldest = None

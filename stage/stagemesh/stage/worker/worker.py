@@ -22,9 +22,10 @@ from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWo
 from stagemesh.stage.local_socket import Inbox, Outbox, Part
 from stagemesh.stage.worker.lane import WorkerLane
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
+from stagemesh.stage.worker.watchdog import Watchdog
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import frame
-from stagemesh.wire.columns import F32, U32, U64, pack
+from stagemesh.wire.columns import F32, U32, U64, pack, unpack
 from stagemesh.wire.errors import StagemeshError
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Worker:
         outbox: Messages to the leader.
         block_size: Tokens of a KV block.
         max_context: Tokens of a sequence at most.
+        step_timeout_s: A step that a device has not finished after that is given up, with the links it may wait in.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Worker:
         *,
         block_size: int,
         max_context: int,
+        step_timeout_s: float = 60.0,
     ) -> None:
         self._rank = rank
         self._engine = engine
@@ -76,6 +79,7 @@ class Worker:
         self._said_waiting = ""
         self._timings: list[bytes] = []
         self._timings_said_ns = 0
+        self._watchdog = Watchdog(self._results, engine.links, step_timeout_s, self._break)
 
     def serve(self) -> None:
         """Run until the leader says stop."""
@@ -89,6 +93,7 @@ class Worker:
                 continue
             kind, *parts = message
             if kind.bytes == ToWorker.STOP:
+                self._watchdog.stop()
                 self._results.stop()
                 return
             try:
@@ -106,6 +111,11 @@ class Worker:
                 self._lane.take_frame(part, int.from_bytes(parts[0].bytes, "little"))
         elif kind is ToWorker.OPEN:
             self._open(stage_pb2.OpenLaneRequest.FromString(parts[0].bytes))
+        elif kind is ToWorker.PREPARE:
+            self._prepare(*unpack(parts[0].bytes, U64, "prepare", 2).tolist())
+        elif kind is ToWorker.CONNECT:
+            request = stage_pb2.ConnectLinkRequest.FromString(parts[0].bytes)
+            threading.Thread(target=self._connect, args=(request,), name="connect", daemon=True).start()
         elif kind is ToWorker.PING:
             self._say(ToLeader.PONG, pack([self._rank], U64) + parts[0].bytes)
 
@@ -124,6 +134,35 @@ class Worker:
         lane = WorkerLane(request, slots)
         lane.held_tokens = lane.first and lane.last and self._engine.holds_tokens
         self._lane = lane
+
+    def _prepare(self, epoch: int, kind: int) -> None:
+        minted = self._engine.links.prepare(kind)
+        self._say(ToLeader.PREPARED, pack([self._rank, epoch, kind], U64), minted)
+
+    def _connect(self, request: stage_pb2.ConnectLinkRequest) -> None:
+        """Open a link of the engine's own, off the thread that must go on answering."""
+        problem = ""
+        try:
+            self._engine.links.connect(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the router must hear of it
+            problem = f"{type(error).__name__}: {error}"
+        lane = self._lane
+        if not problem and lane and lane.request.epoch == request.epoch:
+            if request.kind == stage_pb2.LINK_KIND_RING:
+                lane.held_tokens = lane.held_tokens or not request.sender
+            else:
+                lane.linked_hidden = lane.linked_hidden or not request.sender
+        where = pack([self._rank, request.epoch, request.kind, request.sender], U64)
+        self._say(ToLeader.CONNECTED, where, problem.encode())
+
+    def _break(self, what: str) -> None:
+        """A link failed, or a step hangs in one: the lane is over (rule 8). Called by the watchdog."""
+        lane, self._lane = self._lane, None
+        if lane is None:
+            return
+        log.error("%s", what)
+        self._engine.links.abort()
+        self._say(ToLeader.BROKEN, pack([lane.request.epoch], U64), what.encode())
 
     def _take_steps(self, arrival_ns: int, data: bytes) -> None:
         for step in stage_pb2.ExecuteRequest.FromString(data).steps:
@@ -154,11 +193,12 @@ class Worker:
                 debug_logits=lane.request.debug_logits,
             ),
         )
-        launched = LaunchedStep(lane, pending.arrival_ns, first_ns, batch.number, handle)
+        launched = LaunchedStep(lane, pending.arrival_ns, first_ns, batch.number, time.monotonic_ns(), handle)
         if handle.done:
             self._finish(launched)
         else:
             self._results.add(launched)
+            self._watchdog.start()
 
     def _finish(self, step: LaunchedStep) -> None:
         """Send on what a step left behind. Called in order of steps; for a device's from the result thread."""
@@ -199,7 +239,9 @@ class Worker:
     def _send_result(self, lane: WorkerLane, number: int, tokens: IntArray, logits: FloatArray | None) -> int:
         column = pack(tokens, U32)
         sent = 0
-        if not lane.first:  # the ring goes first: stage 0 waits for it, the router does not
+        if (
+            not lane.first and not self._engine.links.sends_ring
+        ):  # the ring goes first: stage 0 waits for it, the router does not
             sent = self._send_tensor(lane, stage_pb2.LINK_KIND_RING, number, memoryview(column))
         result = stage_pb2.StepResult(epoch=lane.request.epoch, number=number, token_ids=column)
         if logits is not None:

@@ -1,0 +1,109 @@
+"""Paged attention on the device behind one small interface."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.stage.cuda.cache import DeviceCache
+from stagemesh.stage.cuda.columns import RowPlan
+from stagemesh.stage.cuda.staging import StagingSlot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """What a rank attends with."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepColumns:
+    """The columns of a step on the device, and the flat block list made from them."""
+
+    positions: torch.Tensor
+    token_slots: torch.Tensor
+    kv_begins: torch.Tensor
+    last_page: torch.Tensor
+    prefill_begins: torch.Tensor
+    blocks: torch.Tensor
+
+
+class DeviceAttention(ABC):
+    """`plan` runs on the host once a step and waits for nothing; `attend` once a layer."""
+
+    name: str
+    """For facts and logs, with the version."""
+    needs_blocks: bool
+    """Whether it reads the flat block list."""
+
+    def __init__(self, cache: DeviceCache, shape: HeadShape) -> None:
+        self.cache = cache
+        self.shape = shape
+
+    @abstractmethod
+    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
+        """Prepare what all layers of the step share; with a bucket, for the decode graph of that size."""
+
+    @abstractmethod
+    def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor, columns: StepColumns) -> None:
+        """out [T, heads * head_dim] from the rotated queries in qkv; keys and values are in the cache."""
+
+
+class TritonAttention(DeviceAttention):
+    """Any type, slow in prefill; nothing to plan."""
+
+    needs_blocks = False
+
+    def __init__(self, cache: DeviceCache, shape: HeadShape) -> None:
+        super().__init__(cache, shape)
+        import triton
+
+        from stagemesh.stage.kernels.attend import attend
+
+        self.name = f"triton {triton.__version__}"
+        self._attend = attend
+
+    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
+        pass
+
+    def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor, columns: StepColumns) -> None:
+        self._attend(
+            qkv,
+            self.cache.cells[layer, 0],
+            self.cache.cells[layer, 1],
+            self.cache.tables,
+            columns.token_slots,
+            columns.positions,
+            out,
+            num_heads=self.shape.num_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            block_size=self.cache.block_size,
+        )
+
+
+def make_attention(
+    cache: DeviceCache, shape: HeadShape, *, max_rows: int, max_tokens: int
+) -> tuple[DeviceAttention, str]:
+    """The best backend there is, and why it is not a better one (empty: it is the best)."""
+    reason = ""
+    if cache.pages.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"FlashInfer does not compute {str(cache.pages.dtype).removeprefix('torch.')}"
+    elif shape.head_dim not in (64, 128, 256):
+        reason = f"FlashInfer has no kernels for heads {shape.head_dim} wide"
+    else:
+        try:
+            from stagemesh.stage.cuda.flashinfer_attention import FlashInferAttention
+
+            return FlashInferAttention(cache, shape, max_rows=max_rows, max_tokens=max_tokens), ""
+        except ModuleNotFoundError as error:
+            reason = f"{error.name} is not installed"
+    log.warning("attention: Triton's fallback, slow in prefill: %s", reason)
+    return TritonAttention(cache, shape), reason

@@ -1,0 +1,478 @@
+"""The engine that computes a rank's steps on a GPU.
+
+The launch path waits for nothing: a step's columns are written to pinned memory that no earlier step still
+uses, copied, and everything else is queued behind the copy on one compute stream. Sampled tokens stay on the
+device, by slot, where the next step's embedding finds them. Decode steps replay a graph of their size; steps
+with prefill launch kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from stagemesh.model.config import ModelConfig
+from stagemesh.model.deal import RankDeal
+from stagemesh.stage.cuda.attention import DeviceAttention, StepColumns
+from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets
+from stagemesh.stage.cuda.buffers import StepBuffers
+from stagemesh.stage.cuda.cache import DeviceCache
+from stagemesh.stage.cuda.columns import Layout, RowPlan, fill, filtered_rows, plan_rows
+from stagemesh.stage.cuda.device import Device, Graph, Stream
+from stagemesh.stage.cuda.filtered import FilteredChoice
+from stagemesh.stage.cuda.links import DeviceLinks
+from stagemesh.stage.cuda.model import DeviceLlama
+from stagemesh.stage.cuda.reduce import Reducer
+from stagemesh.stage.cuda.staging import Staging, StagingSlot
+from stagemesh.stage.engine.batch import Batch, SamplingColumns
+from stagemesh.stage.engine.interface import RankFacts, StepHandle, StepInputs, StepOutput
+from stagemesh.stage.kernels.choose import best_keys, take_tokens
+from stagemesh.stage.kernels.tables import change_tables, flatten_tables
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.errors import InvalidArgumentError
+
+log = logging.getLogger(__name__)
+
+SPARE_SLOTS = 2
+"""Staging beyond the lane's depth: results are read a moment after they are there."""
+MIN_CHANGES = 64
+"""Block table changes that every graph takes."""
+STEP_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What a rank's engine is made of; parts.py makes it for a GPU, tests for a CPU."""
+
+    config: ModelConfig
+    layers: range
+    deal: RankDeal
+    shards: list[range]
+    """Every rank's vocabulary."""
+    device: Device
+    stream: Stream
+    cache: DeviceCache
+    attention: DeviceAttention
+    reducer: Reducer
+    buffers: StepBuffers
+    model: DeviceLlama
+    filtered: FilteredChoice
+    links: DeviceLinks
+    max_slots: int
+    max_rows: int
+    """Of a decode graph."""
+    max_tokens: int
+    """Of a step."""
+    plan_bytes: int
+    """Pinned memory of an attention plan."""
+    graphs: bool
+    weight_bytes: int
+    backends: dict[str, str] = field(default_factory=dict)
+
+
+class DeviceStep:
+    """A launched step."""
+
+    done = False
+
+    def __init__(self, slot: StagingSlot, num_samples: int | None, hidden: torch.Tensor | None) -> None:
+        self._slot = slot
+        self._num_samples = num_samples
+        self._hidden = hidden
+        self.logits: torch.Tensor | None = None
+        self.linked = False
+        self.sent_bytes = 0
+
+    def wait(self) -> StepOutput:
+        slot = self._slot
+        slot.ended.synchronize()
+        tokens = None
+        if self._num_samples is not None:
+            tokens = slot.tokens[: self._num_samples].numpy().astype(np.int64)
+        hidden = None
+        if self._hidden is not None:
+            hidden = memoryview(self._hidden.numpy().tobytes())
+        output = StepOutput(
+            hidden=hidden,
+            tokens=tokens,
+            logits=self.logits.float().cpu().numpy() if self.logits is not None else None,
+            compute_ns=int(slot.begun.elapsed_time(slot.ended) * 1e6),
+            wait_ns=int(slot.awaited.elapsed_time(slot.begun) * 1e6) if self.linked else 0,
+            sent_bytes=self.sent_bytes,
+        )
+        slot.in_use = False
+        return output
+
+
+class CudaEngine:
+    """One rank on one device.
+
+    Args:
+        parts: What it is made of.
+        progress: Called with (graphs captured, graphs in all).
+        start_seconds: What was spent before, by phase.
+    """
+
+    holds_tokens = True
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        start_seconds: dict[str, float] | None = None,
+    ) -> None:
+        self._parts = parts
+        self._first = parts.layers.start == 0
+        self._last = parts.layers.stop == parts.config.num_layers
+        self._block_size = parts.cache.block_size
+        self._hits = self._misses = 0
+        self.links = parts.links
+        largest = Layout(
+            parts.max_tokens, parts.max_tokens, self._samples_of(parts.max_tokens), parts.max_tokens
+        )
+        device = parts.device.torch_device
+        self._columns = torch.zeros(largest.size, dtype=torch.int32, device=device)
+        self._column_size = largest.size
+        # Shared blocks count once for each row: every row's table may be full.
+        self._blocks = torch.zeros(parts.cache.tables.numel(), dtype=torch.int32, device=device)
+        self._graphs: dict[int, Graph] = {}
+        self._summed: dict[int, torch.Tensor] = {}
+        self._buckets = graph_buckets(parts.max_rows)
+        self._layouts = {
+            size: Layout(size, size, self._samples_of(size), max(size, MIN_CHANGES)) for size in self._buckets
+        }
+        self._staging = self._make_staging(4)
+        parts.device.bind(parts.stream)
+        began = time.perf_counter()
+        self._warm_up()
+        warm = time.perf_counter()
+        if parts.graphs:
+            self._capture(progress)
+        captured = time.perf_counter()
+        self._load_seconds = {
+            **(start_seconds or {}),
+            "warm-up": warm - began,
+            "graphs": captured - warm,
+        }
+
+    def facts(self) -> RankFacts:
+        parts = self._parts
+        return RankFacts(
+            rank=parts.deal.rank,
+            device=str(parts.device.torch_device),
+            num_heads=len(parts.deal.heads),
+            num_kv_heads=len(parts.deal.kv_heads),
+            mlp_columns=len(parts.deal.columns),
+            weight_bytes=parts.weight_bytes,
+            kv_bytes=parts.cache.num_bytes,
+            num_blocks=parts.cache.num_blocks,
+            process_id=os.getpid(),
+            load_seconds=self._load_seconds,
+            backends={
+                "attention": parts.attention.name,
+                "all-reduce": parts.reducer.name,
+                "graphs": f"{len(self._graphs)} up to {parts.max_rows} rows" if self._graphs else "off",
+                **parts.backends,
+            },
+        )
+
+    def open(self, lane: stage_pb2.OpenLaneRequest) -> None:
+        """Links of the old epoch are broken off before anything is allocated for the new one."""
+        if self._hits or self._misses:
+            log.info("steps so far: %d by graphs, %d without", self._hits, self._misses)
+        self.links.abort()
+        self._parts.device.synchronize()
+        if lane.max_slots > self._parts.max_slots:
+            raise InvalidArgumentError(
+                f"max_slots is {lane.max_slots}; this stage's device has tables for {self._parts.max_slots}",
+                field="max_slots",
+            )
+        self._staging = self._make_staging(lane.depth + SPARE_SLOTS)
+        self.links.open(lane, self._staging.depth)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, inputs: StepInputs) -> StepHandle:
+        parts = self._parts
+        if batch.num_tokens > parts.max_tokens:
+            raise InvalidArgumentError(
+                f"step {batch.number} has {batch.num_tokens} positions; this stage takes {parts.max_tokens}",
+                field="rows.counts",
+            )
+        index, slot = self._staging.take()
+        rows = plan_rows(batch, self._block_size)
+        bucket = self._bucket(batch, rows)
+        layout = self._layouts[bucket] if bucket else self._layout_of(batch)
+        self._stage(slot, layout, batch, rows, inputs, bucket)
+        self.links.await_ring(batch)
+        slot.awaited.record()
+        self._receive(batch, inputs, slot)
+        slot.begun.record()
+        if bucket:
+            self._hits += 1
+            self._graphs[bucket].replay()
+            summed = self._summed[bucket]
+        else:
+            self._misses += 1
+            summed = self._compute(layout, batch)
+        return self._hand_on(batch, inputs, index, slot, layout if bucket else None, summed)
+
+    def _bucket(self, batch: Batch, rows: RowPlan) -> int | None:
+        if not self._graphs or rows.num_decodes < rows.num_rows:
+            return None
+        bucket = bucket_for(self._buckets, rows.num_rows)
+        return bucket if bucket and len(batch.changes) <= self._layouts[bucket].changes else None
+
+    def _layout_of(self, batch: Batch) -> Layout:
+        return Layout(
+            batch.num_tokens,
+            len(batch.slots),
+            len(batch.sampled_rows) if self._last else 0,
+            len(batch.changes),
+        )
+
+    def _samples_of(self, rows: int) -> int:
+        return rows if self._last else 0
+
+    def _stage(
+        self,
+        slot: StagingSlot,
+        layout: Layout,
+        batch: Batch,
+        rows: RowPlan,
+        inputs: StepInputs,
+        bucket: int | None,
+    ) -> None:
+        """Everything the step needs from the host, copied ahead of its kernels."""
+        parts = self._parts
+        fill(
+            slot.numbers,
+            layout,
+            batch,
+            rows,
+            inputs.tokens,
+            block_size=self._block_size,
+            scratch_cell=parts.cache.scratch_cell,
+            scratch_slot=parts.cache.scratch_slot,
+        )
+        self._columns[: layout.size].copy_(slot.columns[: layout.size], non_blocking=True)
+        parts.attention.plan(rows, slot, bucket=bucket)
+
+    def _receive(self, batch: Batch, inputs: StepInputs, slot: StagingSlot) -> None:
+        """Activations from the stage before, over a link or from the host."""
+        if self._first:
+            return
+        residual = self._parts.buffers.residual[: batch.num_tokens]
+        if inputs.hidden is None:
+            self.links.receive_hidden(residual)
+            return
+        pinned = self._staging.hidden_bytes(slot, residual.nbytes)
+        pinned.numpy()[:] = np.frombuffer(inputs.hidden, np.uint8)
+        residual.view(torch.uint8).flatten().copy_(pinned, non_blocking=True)
+
+    def _columns_of(self, layout: Layout) -> dict[str, torch.Tensor]:
+        return {name: self._columns[part] for name, part in layout.columns.items()}
+
+    def _compute(self, layout: Layout, batch: Batch | None) -> torch.Tensor:
+        """Launch a step's kernels; without a batch, what the graph of a bucket's layout is captured from."""
+        parts = self._parts
+        column = self._columns_of(layout)
+        if layout.changes:
+            change_tables(
+                parts.cache.tables,
+                column["change_slots"],
+                column["change_indexes"],
+                column["change_blocks"],
+            )
+        if parts.attention.needs_blocks:
+            flatten_tables(parts.cache.tables, column["row_slots"], column["kv_begins"], self._blocks)
+        if self._first:
+            parts.model.embed(column["tokens"], parts.cache.slot_tokens)
+        columns = StepColumns(
+            positions=column["positions"],
+            token_slots=column["token_slots"],
+            kv_begins=column["kv_begins"],
+            last_page=column["last_page"],
+            prefill_begins=column["prefill_begins"],
+            blocks=self._blocks,
+        )
+        summed = parts.model.layers(layout.tokens, column["cells"], columns)
+        if layout.samples:
+            self._sample(column, summed, layout.samples, batch)
+        return summed
+
+    def _sample(
+        self, column: dict[str, torch.Tensor], summed: torch.Tensor, count: int, batch: Batch | None
+    ) -> None:
+        """Choose a token for each of `count` rows; logits exist for a part of them at a time.
+
+        Without a batch (in a graph) top-k and top-p are left to be done behind it.
+        """
+        parts, buffers = self._parts, self._parts.buffers
+        at_once = buffers.logits.shape[0]
+        for begin in range(0, count, at_once):
+            rows = slice(begin, min(begin + at_once, count))
+            logits = parts.model.logits(summed, column["sampled_rows"][rows])
+            keys = buffers.keys[: logits.shape[0]]
+            best_keys(
+                logits,
+                column["temperatures"].view(torch.float32)[rows],
+                column["seeds"].view(torch.int64)[rows],
+                column["sampled_positions"][rows],
+                parts.deal.vocab.start,
+                buffers.parts,
+                keys,
+            )
+            parts.reducer.greatest_in_place(keys)
+            take_tokens(keys, column["sampled_slots"][rows], buffers.tokens[rows], parts.cache.slot_tokens)
+            if batch is not None:
+                self._choose_filtered(batch, column, rows)
+
+    def _choose_filtered(self, batch: Batch, column: dict[str, torch.Tensor], rows: slice) -> None:
+        """Top-k and top-p: choose again for those of the rows, whose logits are there, that ask for them."""
+        filtered = filtered_rows(batch)
+        first, last = np.searchsorted(filtered, (rows.start, rows.stop))
+        if first == last:
+            return
+        parts, buffers, sampling = self._parts, self._parts.buffers, batch.sampling
+        here = slice(int(first), int(last))
+        chosen = filtered[here]
+        only_k = bool((sampling.top_ks[chosen] > 0).all() and (sampling.top_ps[chosen] >= 1).all())
+        at = column["filtered"][here].long()
+        tokens = parts.filtered.choose(
+            buffers.logits[at - rows.start],
+            column["temperatures"].view(torch.float32)[at],
+            column["seeds"].view(torch.int64)[at],
+            column["sampled_positions"][at].long(),
+            column["top_ks"][here],
+            column["top_ps"].view(torch.float32)[here],
+            largest_k=int(sampling.top_ks[chosen].max()) if only_k else 0,
+        ).int()
+        buffers.tokens.index_copy_(0, at, tokens)
+        parts.cache.slot_tokens.index_copy_(0, column["sampled_slots"][at].long(), tokens)
+
+    def _hand_on(
+        self,
+        batch: Batch,
+        inputs: StepInputs,
+        index: int,
+        slot: StagingSlot,
+        graph_layout: Layout | None,
+        summed: torch.Tensor,
+    ) -> StepHandle:
+        buffers, count = self._parts.buffers, batch.num_tokens
+        if self._last:
+            samples = len(batch.sampled_rows)
+            if graph_layout:
+                self._choose_filtered(batch, self._columns_of(graph_layout), slice(0, samples))
+            if samples:
+                slot.tokens[:samples].copy_(buffers.tokens[:samples], non_blocking=True)
+            step = DeviceStep(slot, samples, None)
+            if inputs.debug_logits and samples:
+                step.logits = self._parts.filtered.gather(buffers.logits[:samples])
+            slot.ended.record()
+            self.links.send_ring(index, buffers.tokens[:samples])
+        elif self.links.sends_hidden:
+            out = self.links.send_buffer(index, count)
+            torch.add(buffers.residual[:count], summed[:count], out=out)
+            slot.ended.record()
+            step = DeviceStep(slot, None, None)
+            step.sent_bytes = self.links.send_hidden(index, out, slot.ended)
+        else:
+            out = torch.add(buffers.residual[:count], summed[:count], out=buffers.normed[:count])
+            pinned = self._staging.hidden_bytes(slot, out.nbytes)
+            pinned.copy_(out.view(torch.uint8).flatten(), non_blocking=True)
+            step = DeviceStep(slot, None, pinned)
+            slot.ended.record()
+        self.links.expect_ring(batch)
+        step.linked = self.links.receives_hidden
+        return step
+
+    def _make_staging(self, depth: int) -> Staging:
+        parts = self._parts
+        return Staging(
+            parts.device,
+            depth,
+            columns=self._column_size,
+            plan_bytes=parts.plan_bytes,
+            samples=max(1, self._samples_of(parts.max_tokens)),
+            timeout_s=STEP_TIMEOUT_S,
+        )
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run every kernel once, with the largest step first: types and shapes compile here, memory is found."""
+        parts = self._parts
+        longest = min(parts.max_tokens, parts.cache.tables.shape[1] * self._block_size)
+        whole, rest = divmod(parts.max_tokens, longest)
+        largest = [longest] * whole + ([rest] if rest else [])
+        for counts in (largest, [1, min(2, longest)], [1]):
+            batch = padding_batch(counts, parts.cache.scratch_slot)
+            _, slot = self._staging.take()
+            layout = self._layout_of(batch)
+            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), None)
+            self._compute(layout, batch)
+            parts.device.synchronize()
+            slot.in_use = False
+
+    def _no_inputs(self, batch: Batch) -> StepInputs:
+        return StepInputs(arrived_ns=0, tokens=batch.given_tokens if self._first else None)
+
+    @torch.inference_mode()
+    def _capture(self, progress: Callable[[int, int], None] | None) -> None:
+        device = self._parts.device
+        for done, size in enumerate(reversed(self._buckets)):
+            layout = self._layouts[size]
+            _, slot = self._staging.take()
+            batch = padding_batch([1], self._parts.cache.scratch_slot)
+            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), size)
+            summed = self._compute(layout, None)  # once without a graph: kernels load
+            device.synchronize()
+
+            def work(layout: Layout = layout, size: int = size) -> None:
+                self._summed[size] = self._compute(layout, None)
+
+            self._graphs[size] = device.capture(work)
+            del summed
+            self._graphs[size].replay()
+            device.synchronize()
+            slot.in_use = False
+            if progress is not None:
+                progress(done + 1, len(self._buckets))
+
+
+def padding_batch(counts: list[int], slot: int) -> Batch:
+    """Rows of a slot that nobody has, all positions at cell 0: what warms up before a lane opens.
+
+    Their sampling asks for everything there is.
+    """
+    lengths = np.array(counts, np.int64)
+    rows, total = len(counts), sum(counts)
+    ends = np.cumsum(lengths)
+    return Batch(
+        number=0,
+        slots=np.full(rows, slot),
+        counts=lengths,
+        starts=np.zeros(rows, np.int64),
+        offsets=ends - lengths,
+        positions=np.zeros(total, np.int64),
+        cells=np.zeros(total, np.int64),
+        tables=np.zeros((rows, 1), np.int32),
+        input_steps=np.zeros(rows, np.uint64),
+        given_tokens=np.zeros(total, np.int64),
+        sampled_slots=np.full(rows, slot),
+        sampled_rows=ends - 1,
+        sampling=SamplingColumns(
+            seeds=np.zeros(rows, np.uint64),
+            positions=lengths,
+            temperatures=np.ones(rows, np.float32),
+            top_ks=np.full(rows, 0 if rows > 1 else 2, np.int32),
+            top_ps=np.full(rows, 0.9 if rows > 1 else 1.0, np.float32),
+        ),
+    )

@@ -1,0 +1,221 @@
+"""FlashInfer's paged attention: the FA2 template with tensor cores, for decode and for prefill.
+
+Its kernels are called without the wrappers of the flashinfer package: those copy block lists to the device
+and back, and have one pinned buffer where steps are planned ahead of the device. A plan is host arithmetic and
+one copy of a few KiB from the step's own staging slot.
+
+In a decode graph the plan has a fixed shape: rows that a step does not fill have no queries there, so padding
+costs no attention.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from stagemesh.stage.cuda.attention import DeviceAttention, HeadShape, StepColumns
+from stagemesh.stage.cuda.cache import DeviceCache
+from stagemesh.stage.cuda.columns import RowPlan
+from stagemesh.stage.cuda.staging import StagingSlot
+
+PLAN_BYTES = 1 << 20
+"""Of a plan: a few numbers for each tile of queries."""
+NON_CAUSAL, CAUSAL = 0, 1
+NHD = 0
+DECODE_TILE = 16
+PREFILL_TILE = 128
+MAX_SPLIT_CTAS = 2 * 160
+"""Two for each multiprocessor, of a device larger than those there are."""
+
+
+class FlashInferAttention(DeviceAttention):
+    """Decode rows by one call, the others by another.
+
+    Args:
+        cache: Of the rank.
+        shape: Its heads.
+        max_rows: Of a decode step.
+        max_tokens: Of any step.
+    """
+
+    needs_blocks = True
+
+    def __init__(self, cache: DeviceCache, shape: HeadShape, *, max_rows: int, max_tokens: int) -> None:
+        super().__init__(cache, shape)
+        from flashinfer.jit.attention import gen_batch_prefill_module
+
+        dtype, device = cache.pages.dtype, cache.pages.device
+        self._module: Any = gen_batch_prefill_module(
+            "fa2", dtype, dtype, dtype, torch.int32, shape.head_dim, shape.head_dim, 0, False, False, False
+        ).build_and_load()
+        self.name = f"flashinfer {_version()} fa2"
+        self._scale = shape.head_dim**-0.5
+        self._float_workspace = torch.empty(
+            workspace_bytes(shape, max_rows), dtype=torch.uint8, device=device
+        )
+        self._decode_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
+        self._prefill_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
+        # Rows and their begins are the same in every decode.
+        self._ones_begins = torch.arange(max(max_rows, max_tokens) + 1, dtype=torch.int32, device=device)
+        self._decode_plan: Any = None
+        self._prefill_plan: Any = None
+        self._num_decodes = 0
+        self._num_rows = 0
+
+    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
+        self._num_decodes, self._num_rows = rows.num_decodes, rows.num_rows
+        self._decode_plan = self._prefill_plan = None
+        if bucket is not None:
+            self._decode_plan = self._plan_graph(rows, slot, bucket)
+            self._num_decodes = self._num_rows = bucket
+            return
+        count = rows.num_decodes
+        if count:
+            begins = np.arange(count + 1, dtype=np.int32)
+            self._decode_plan = self._plan(
+                self._decode_workspace, slot.plans[0], begins, rows.kv_begins[: count + 1], count, False
+            )
+        if count < rows.num_rows:
+            self._prefill_plan = self._plan(
+                self._prefill_workspace,
+                slot.plans[1],
+                rows.prefill_begins,
+                rows.kv_begins[count:],
+                int(rows.prefill_begins[-1]),
+                False,
+            )
+
+    def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor, columns: StepColumns) -> None:
+        shape, count = self.shape, self._num_decodes
+        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)[:, : shape.num_heads]
+        into = out.view(out.shape[0], shape.num_heads, shape.head_dim)
+        if self._decode_plan is not None:
+            self._run(
+                layer,
+                self._decode_workspace,
+                self._decode_plan,
+                heads[:count],
+                into[:count],
+                self._ones_begins[: count + 1],
+                columns.kv_begins[: count + 1],
+                columns.last_page[:count],
+                columns.blocks,
+                NON_CAUSAL,
+            )
+        if self._prefill_plan is not None:
+            last = self._num_rows - count
+            self._run(
+                layer,
+                self._prefill_workspace,
+                self._prefill_plan,
+                heads[count:],
+                into[count:],
+                columns.prefill_begins[: last + 1],
+                columns.kv_begins[count : self._num_rows + 1],
+                columns.last_page[count : self._num_rows],
+                columns.blocks,
+                CAUSAL,
+            )
+
+    def _plan_graph(self, rows: RowPlan, slot: StagingSlot, bucket: int) -> Any:
+        begins = np.minimum(np.arange(bucket + 1, dtype=np.int32), rows.num_rows)
+        kv_begins = np.full(bucket + 1, rows.kv_begins[-1], np.int32)
+        kv_begins[: len(rows.kv_begins)] = rows.kv_begins
+        return self._plan(self._decode_workspace, slot.plans[0], begins, kv_begins, bucket, True)
+
+    def _plan(
+        self,
+        workspace: torch.Tensor,
+        pinned: torch.Tensor,
+        begins: np.ndarray,
+        kv_begins: np.ndarray,
+        num_tokens: int,
+        graph: bool,
+    ) -> Any:
+        shape = self.shape
+        begins_host, kv_host = torch.from_numpy(begins), torch.from_numpy(np.ascontiguousarray(kv_begins))
+        return self._module.plan(
+            self._float_workspace,
+            workspace,
+            pinned,
+            begins_host,
+            kv_host,
+            kv_host,  # lengths, which this template does not read
+            num_tokens,
+            len(begins) - 1,
+            shape.num_heads,
+            shape.num_kv_heads,
+            self.cache.block_size,
+            graph,
+            shape.head_dim,
+            shape.head_dim,
+            False,
+            -1,  # no window
+            -1,  # splits of its own choice
+            False,
+            0,
+        )
+
+    def _run(
+        self,
+        layer: int,
+        workspace: torch.Tensor,
+        plan: Any,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        begins: torch.Tensor,
+        kv_begins: torch.Tensor,
+        last_page: torch.Tensor,
+        blocks: torch.Tensor,
+        mask: int,
+    ) -> None:
+        self._module.paged_run(
+            self._float_workspace,
+            workspace,
+            plan,
+            query,
+            self.cache.pages[layer, 0],
+            self.cache.pages[layer, 1],
+            begins,
+            kv_begins,
+            blocks,
+            last_page,
+            out,
+            None,  # no log-sum-exp
+            mask,
+            NHD,
+            -1,
+            False,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0.0,
+            self._scale,
+            1.0,
+            1.0,
+            0,
+        )
+
+
+def workspace_bytes(shape: HeadShape, max_rows: int) -> int:
+    """Bytes of partial results where contexts are split: decode graphs of max_rows rows, or any prefill."""
+    group = shape.num_heads // shape.num_kv_heads
+    tiles = max(-(-max_rows * group // DECODE_TILE) + max_rows, MAX_SPLIT_CTAS // shape.num_kv_heads + 1)
+    decode = shape.num_heads * tiles * DECODE_TILE
+    prefill = shape.num_heads * (MAX_SPLIT_CTAS // shape.num_kv_heads + 1) * PREFILL_TILE
+    return max(decode, prefill) * (shape.head_dim + 1) * 4 + (1 << 16)
+
+
+def _version() -> str:
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return "of unknown version"

@@ -1,0 +1,332 @@
+"""Links of a rank's own: activations to the next stage and tokens on the ring, from device to device.
+
+A link is one small communicator for each pair of ranks, so that a stage comes and goes without the others.
+The rank of the receiving side that a sender serves is r mod its group's size; each receiver gets everything.
+Sends run on streams of their own, ordered by events behind what they send; activations are received on the
+compute stream, which has nothing to do before they are there; the ring has a stream and communicators of its
+own, so that tokens never queue behind activations (rules 8 to 12 in docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stagemesh.stage.cuda.device import Device, Event, Stream
+from stagemesh.stage.engine.batch import Batch
+from stagemesh.stage.engine.interface import NoLinks
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.errors import StageLostError
+
+log = logging.getLogger(__name__)
+
+ACTIVATIONS = stage_pb2.LINK_KIND_ACTIVATIONS
+RING = stage_pb2.LINK_KIND_RING
+SENDER, RECEIVER = 0, 1
+"""Ranks within the communicator of a link."""
+DUMMY = 1024
+"""Numbers exchanged both ways before a link is open: NCCL connects lazily."""
+ABORT_TIMEOUT_S = 15.0
+ABORT_HANGS = 4
+"""Exit code of a worker that cannot break off a link; the leader replaces the group."""
+
+
+class DeviceLinks(NoLinks):
+    """No links but those through the leader: every answer is no."""
+
+    def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
+        """A new epoch with buffers of that depth."""
+
+    def send_buffer(self, index: int, count: int) -> torch.Tensor:
+        """[count, hidden] to write activations to, on the compute stream."""
+        raise NotImplementedError
+
+    def send_hidden(self, index: int, hidden: torch.Tensor, done: Event) -> int:
+        """Send what was written to the buffer before `done`; returns its bytes."""
+        raise NotImplementedError
+
+    def receive_hidden(self, into: torch.Tensor) -> None:
+        """Receive activations on the compute stream."""
+        raise NotImplementedError
+
+    def send_ring(self, index: int, tokens: torch.Tensor) -> None:
+        """Send int32 tokens [S], if this stage sends on the ring."""
+
+    def expect_ring(self, batch: Batch) -> None:
+        """The step was launched here: its tokens will come round."""
+
+    def await_ring(self, batch: Batch) -> None:
+        """Let the compute stream wait for the tokens that the step takes."""
+
+
+@dataclass(slots=True)
+class _Link:
+    """One end of a link: a communicator for each peer rank."""
+
+    comms: list[Any]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Enqueue and abort share it: an abort frees the communicator under a send (rule 12)."""
+    broken: bool = False
+
+    def each(self, enqueue: Callable[[Any], None]) -> None:
+        """Enqueue on every communicator; nothing on a link that was broken off."""
+        with self.lock:
+            if not self.broken:
+                for comm in self.comms:
+                    enqueue(comm)
+
+    def abort(self) -> None:
+        # Without the lock only where the launch thread is stuck inside NCCL with it.
+        locked = self.lock.acquire(timeout=1.0)
+        try:
+            if not self.broken:
+                self.broken = True
+                for comm in self.comms:
+                    comm.abort()
+        finally:
+            if locked:
+                self.lock.release()
+
+
+class NcclLinks(DeviceLinks):
+    """Over cupy's NCCL.
+
+    Args:
+        device: Of the rank.
+        stream: Its compute stream.
+        rank: In its group.
+        size: Of its group.
+        hidden: Width of activations.
+        dtype: Of activations.
+        max_tokens: Positions of a step at most.
+        slot_tokens: int32 [slots], where tokens from the ring go.
+        max_samples: Sampled rows of a step at most.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        stream: Stream,
+        *,
+        rank: int,
+        size: int,
+        hidden: int,
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_samples: int,
+        slot_tokens: torch.Tensor,
+    ) -> None:
+        from cupy.cuda import nccl
+
+        self._nccl = nccl
+        self._types = {
+            torch.bfloat16: nccl.NCCL_BFLOAT16,
+            torch.float16: nccl.NCCL_FLOAT16,
+            torch.float32: nccl.NCCL_FLOAT32,
+            torch.int32: nccl.NCCL_INT32,
+        }
+        self._device = device
+        self._compute = stream
+        self._send = device.stream(high_priority=True)
+        self._ring = device.stream(high_priority=True)
+        self._opening = device.stream(high_priority=True)
+        self._rank, self._size = rank, size
+        self._hidden, self._dtype = hidden, dtype
+        self._max_tokens, self._max_samples = max_tokens, max_samples
+        self._slot_tokens = slot_tokens
+        self._ids: dict[int, tuple[int, ...]] = {}
+        self._links: dict[tuple[int, bool], _Link] = {}
+        self._depth = 0
+        self._num_expected = 0
+        self._expected: dict[int, Event] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._sent: dict[str, list[Event | None]] = {}
+        self._connecting = 0
+        self._epoch = 0
+
+    def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
+        self._epoch = lane.epoch
+        self._expected.clear()
+        self._num_expected = 0
+        self._ids.clear()
+        self._depth = depth
+        self._sent = {"hidden": [None] * depth, "tokens": [None] * depth}
+        if lane.num_stages == 1:
+            return
+        device, samples = self._device.torch_device, self._max_samples
+        if lane.stage_index < lane.num_stages - 1:
+            self._keep("hidden", depth, self._max_tokens * self._hidden, self._dtype, device)
+        else:
+            self._keep("tokens", depth, samples, torch.int32, device)
+        if lane.stage_index == 0:
+            self._keep("ring", depth, samples, torch.int32, device)
+            self._keep("slots", depth, samples, torch.int32, device)
+            if "pinned" not in self._buffers or self._buffers["pinned"].shape[0] < depth:
+                self._buffers["pinned"] = self._device.pinned(depth * samples, torch.int32).view(
+                    depth, samples
+                )
+
+    def prepare(self, kind: int) -> bytes:
+        self._ids[kind] = self._nccl.get_unique_id()
+        return bytes(number & 0xFF for number in self._ids[kind])
+
+    def connect(self, request: stage_pb2.ConnectLinkRequest) -> None:
+        epoch = self._epoch
+        ids = [tuple(n - 256 if n > 127 else n for n in one) for one in request.nccl_unique_ids]
+        mine = (
+            [one for rank, one in enumerate(ids) if rank % self._size == self._rank]
+            if request.sender
+            else [ids[self._rank]]
+        )
+        self._connecting += 1
+        try:
+            self._device.bind(self._opening)
+            place = SENDER if request.sender else RECEIVER
+            link = _Link([self._nccl.NcclCommunicator(2, one, place) for one in mine])
+            self._exchange(link, request.sender)
+        finally:
+            self._connecting -= 1
+        if epoch != self._epoch:
+            link.abort()
+            raise StageLostError("the epoch was raised while a link opened", reason="EPOCH_RAISED")
+        self._links[request.kind, request.sender] = link
+        self._refresh()
+
+    def abort(self) -> None:
+        links = [self._links[key] for key in sorted(self._links, key=lambda key: not key[1])]
+        self._links.clear()
+        self._refresh()
+        if self._connecting:
+            log.error("a link still hangs in opening; the worker ends and is started again")
+            os._exit(ABORT_HANGS)
+        if not links:
+            return
+        done = threading.Event()
+
+        def work() -> None:
+            torch.cuda.set_device(self._device.torch_device)
+            for link in links:
+                link.abort()
+            done.set()
+
+        threading.Thread(target=work, name="abort", daemon=True).start()
+        if not done.wait(ABORT_TIMEOUT_S):
+            log.error("a link cannot be broken off; the worker ends and is started again")
+            os._exit(ABORT_HANGS)
+
+    def check(self) -> str:
+        for (kind, _), link in list(self._links.items()):
+            with link.lock:
+                if link.broken:
+                    continue
+                for comm in link.comms:
+                    try:
+                        comm.check_async_error()
+                    except self._nccl.NcclError as error:
+                        name = stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
+                        return f"the {name} link failed: {error}"
+        return ""
+
+    def send_buffer(self, index: int, count: int) -> torch.Tensor:
+        self._wait_sent("hidden", index)
+        return self._buffers["hidden"][index, : count * self._hidden].view(count, self._hidden)
+
+    def send_hidden(self, index: int, hidden: torch.Tensor, done: Event) -> int:
+        link = self._links[ACTIVATIONS, True]
+        self._send.wait_event(done)
+        self._put(link, hidden, self._send)
+        self._mark_sent("hidden", index, self._send)
+        return hidden.nbytes * len(link.comms)
+
+    def receive_hidden(self, into: torch.Tensor) -> None:
+        self._get(self._links[ACTIVATIONS, False], into, self._compute)
+
+    def send_ring(self, index: int, tokens: torch.Tensor) -> None:
+        if not self.sends_ring or not tokens.shape[0]:
+            return
+        self._wait_sent("tokens", index)
+        out = self._buffers["tokens"][index, : tokens.shape[0]]
+        out.copy_(tokens, non_blocking=True)
+        copied = self._device.event()
+        copied.record()
+        self._ring.wait_event(copied)
+        self._put(self._links[RING, True], out, self._ring)
+        self._mark_sent("tokens", index, self._ring)
+
+    def expect_ring(self, batch: Batch) -> None:
+        """Post the receive of the step's tokens, and their way to their slots, on the ring's stream.
+
+        A slot takes its token while the compute stream may run any later step: no such step reads the slot's
+        token before its own input step's event, and a token is only followed by one that was made from it.
+        """
+        count = len(batch.sampled_slots)
+        if not self.receives_ring or not count:
+            return
+        index = self._num_expected % self._depth
+        self._num_expected += 1
+        pinned = self._buffers["pinned"][index]
+        pinned.numpy()[:count] = batch.sampled_slots
+        tokens, slots = self._buffers["ring"][index, :count], self._buffers["slots"][index, :count]
+        with self._device.on(self._ring):
+            slots.copy_(pinned[:count], non_blocking=True)
+            self._get(self._links[RING, False], tokens, self._ring)
+            self._slot_tokens.index_copy_(0, slots, tokens)
+        came = self._device.event()
+        came.record(self._ring)
+        self._expected[batch.number] = came
+        self._expected.pop(batch.number - 1024, None)
+
+    def await_ring(self, batch: Batch) -> None:
+        if self.receives_ring and batch.newest_input:
+            self._compute.wait_event(self._expected[batch.newest_input])
+
+    def _refresh(self) -> None:
+        self.sends_hidden = (ACTIVATIONS, True) in self._links
+        self.receives_hidden = (ACTIVATIONS, False) in self._links
+        self.sends_ring = (RING, True) in self._links
+        self.receives_ring = (RING, False) in self._links
+
+    def _keep(self, name: str, depth: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if name not in self._buffers or self._buffers[name].shape[0] < depth:
+            self._buffers.pop(name, None)
+            self._buffers[name] = torch.zeros(depth, size, dtype=dtype, device=device)
+
+    def _wait_sent(self, name: str, index: int) -> None:
+        sent = self._sent[name][index]
+        if sent is not None:
+            self._compute.wait_event(sent)
+
+    def _mark_sent(self, name: str, index: int, stream: Stream) -> None:
+        event = self._device.event()
+        event.record(stream)
+        self._sent[name][index] = event
+
+    def _put(self, link: _Link, tensor: torch.Tensor, stream: Stream) -> None:
+        kind = self._types[tensor.dtype]
+        link.each(
+            lambda comm: comm.send(tensor.data_ptr(), tensor.numel(), kind, RECEIVER, stream.cuda_stream)
+        )
+
+    def _get(self, link: _Link, tensor: torch.Tensor, stream: Stream) -> None:
+        kind = self._types[tensor.dtype]
+        link.each(lambda comm: comm.recv(tensor.data_ptr(), tensor.numel(), kind, SENDER, stream.cuda_stream))
+
+    def _exchange(self, link: _Link, sender: bool) -> None:
+        """Dummy data there and back, so that NCCL has connected before the first step."""
+        dummies = torch.zeros(2, DUMMY, dtype=torch.int32, device=self._device.torch_device)
+        stream = self._opening.cuda_stream
+        for comm in link.comms:
+            moves: Sequence[tuple[Any, int]] = (
+                ((comm.send, RECEIVER), (comm.recv, RECEIVER))
+                if sender
+                else ((comm.recv, SENDER), (comm.send, SENDER))
+            )
+            for buffer, (move, peer) in zip(dummies, moves, strict=True):
+                move(buffer.data_ptr(), DUMMY, self._types[torch.int32], peer, stream)
+        self._opening.synchronize()

@@ -1,0 +1,156 @@
+"""The Llama architecture on the device: one stage's layers, one rank's shard, over preallocated buffers.
+
+The modules of models/ compute the same on the CPU and allocate as they go; here every product has its place.
+A sum over the ranks follows the attention output and the MLP's; the residual it is added to is added in the
+norm that reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stagemesh.model.config import ModelConfig
+from stagemesh.model.deal import RankDeal
+from stagemesh.stage.cuda.attention import DeviceAttention, StepColumns
+from stagemesh.stage.cuda.buffers import StepBuffers
+from stagemesh.stage.cuda.reduce import Reducer
+from stagemesh.stage.kernels.activation import silu_mul
+from stagemesh.stage.kernels.embedding import embed
+from stagemesh.stage.kernels.norm import add_rms_norm, gather_add_rms_norm, rms_norm
+from stagemesh.stage.kernels.rope import rope_append
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights [out, in] of one layer, of this rank, transposed views [in, out]."""
+
+    attn_norm: torch.Tensor
+    qkv: torch.Tensor
+    o: torch.Tensor
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Weights, index: int) -> LayerWeights:
+        """Those of layer `index` of the model."""
+        name = f"layers.{index}"
+        return cls(
+            attn_norm=weights[f"{name}.attn_norm"],
+            qkv=weights[f"{name}.qkv"].t(),
+            o=weights[f"{name}.o"].t(),
+            mlp_norm=weights[f"{name}.mlp_norm"],
+            gate_up=weights[f"{name}.gate_up"].t(),
+            down=weights[f"{name}.down"].t(),
+        )
+
+
+def rotary_table(config: ModelConfig, max_context: int, device: torch.device) -> torch.Tensor:
+    """float32 [max_context, head_dim]: cosines, then sines."""
+    frequencies = torch.from_numpy(config.rope.inverse_frequencies(config.head_dim)).float()
+    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+
+
+class DeviceLlama:
+    """One stage of the model on one rank.
+
+    Args:
+        config: Of the model.
+        layers: This stage's.
+        deal: This rank's share.
+        weights: On the device, by the names of shard_shapes.
+        attention: Paged attention over this rank's cache.
+        reducer: Sums over the ranks.
+        buffers: Of the rank.
+        max_context: Positions of a sequence at most.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        deal: RankDeal,
+        weights: Weights,
+        attention: DeviceAttention,
+        reducer: Reducer,
+        buffers: StepBuffers,
+        *,
+        max_context: int,
+    ) -> None:
+        self._eps = config.rms_norm_eps
+        self._heads, self._kv_heads = len(deal.heads), len(deal.kv_heads)
+        self._vocab = deal.vocab
+        self._attention = attention
+        self._reducer = reducer
+        self._buffers = buffers
+        self._embedding = weights.get("embed")
+        self._layers = [LayerWeights.of(weights, index) for index in layers]
+        self._norm = weights.get("norm")
+        self._head = weights["head"].t() if "head" in weights else None
+        self._table = rotary_table(config, max_context, buffers.residual.device)
+
+    def embed(self, tokens: torch.Tensor, slot_tokens: torch.Tensor) -> None:
+        """Residuals of int32 tokens [T]; -1 - slot stands for the slot's last token."""
+        assert self._embedding is not None
+        out = self._buffers.residual[: tokens.shape[0]]
+        embed(tokens, slot_tokens, self._embedding, self._vocab.start, out)
+        self._reducer.sum_in_place(out)
+
+    def layers(self, num_tokens: int, cells: torch.Tensor, columns: StepColumns) -> torch.Tensor:
+        """Run the layers over the residuals of T positions.
+
+        Returns:
+            The last partial result, [T, hidden]: residual + it is what the stage hands on.
+        """
+        buffers, cache = self._buffers, self._attention.cache
+        residual, normed = buffers.residual[:num_tokens], buffers.normed[:num_tokens]
+        qkv, attended = buffers.qkv[:num_tokens], buffers.attended[:num_tokens]
+        gate_up, activated = buffers.gate_up[:num_tokens], buffers.activated[:num_tokens]
+        partial = buffers.partial[:num_tokens]
+        summed: torch.Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            if summed is None:
+                rms_norm(residual, layer.attn_norm, self._eps, normed)
+            else:
+                add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed)
+            torch.mm(normed, layer.qkv, out=qkv)
+            rope_append(
+                qkv,
+                columns.positions,
+                cells,
+                self._table,
+                cache.cells[index, 0],
+                cache.cells[index, 1],
+                num_heads=self._heads,
+                num_kv_heads=self._kv_heads,
+            )
+            self._attention.attend(index, qkv, attended, columns)
+            torch.mm(attended, layer.o, out=partial)
+            summed = self._reducer.sum(partial)
+            add_rms_norm(summed, residual, layer.mlp_norm, self._eps, normed)
+            torch.mm(normed, layer.gate_up, out=gate_up)
+            silu_mul(gate_up, activated)
+            torch.mm(activated, layer.down, out=partial)
+            summed = self._reducer.sum(partial)
+        assert summed is not None
+        return summed
+
+    def logits(self, summed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the logits of int32 rows [S], [S, vocab part]; last stage only."""
+        assert self._norm is not None
+        assert self._head is not None
+        count = rows.shape[0]
+        buffers = self._buffers
+        sampled, logits = buffers.sampled[:count], buffers.logits[:count]
+        residual = buffers.residual[: summed.shape[0]]
+        gather_add_rms_norm(summed, residual, rows, self._norm, self._eps, sampled)
+        if logits.dtype == sampled.dtype:
+            torch.mm(sampled, self._head, out=logits)
+        else:
+            torch.mm(sampled, self._head, out_dtype=logits.dtype, out=logits)
+        return logits

@@ -1,0 +1,157 @@
+"""Sums over the ranks of a stage: NCCL, and for small messages kernels over memory that the ranks share.
+
+torch's symmetric memory lets a rank read the others' buffers over NVLink: the one-shot kernel reads them all
+(least latency), the two-shot one reduces a part and gathers the rest. Which is best at which size is measured
+at start and decided by rank 0 for all (rule 11); NVLink multicast is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stagemesh.stage.group import RankGroup
+
+log = logging.getLogger(__name__)
+
+KINDS = ("one_shot", "two_shot", "nccl")
+MEASURED_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
+MAX_SHARED_ROWS = 2048
+REPEATS = 20
+
+
+class Reducer:
+    """Sums tensors over the ranks; with one rank nothing happens."""
+
+    name = "none"
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks of [T, hidden], a view of the buffer `partial`; perhaps in another buffer."""
+        return self._group.all_reduce(part)
+
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """The sum over the ranks in the tensor itself."""
+        self._group.all_reduce(tensor)
+
+    def greatest_in_place(self, keys: torch.Tensor) -> None:
+        """The elementwise maximum over the ranks."""
+        if self._group.size > 1:
+            dist.all_reduce(keys, op=dist.ReduceOp.MAX)
+
+
+class SharedReducer(Reducer):
+    """With symmetric memory.
+
+    Args:
+        group: Of NCCL.
+        max_tokens: Rows of the buffer.
+        hidden: Width of it.
+        dtype: Of it.
+        device: Where.
+    """
+
+    def __init__(
+        self, group: RankGroup, max_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(group)
+        import torch.distributed._symmetric_memory as symmetric
+
+        assert dist.group.WORLD is not None
+        self._name = dist.group.WORLD.group_name
+        self.partial = symmetric.empty(max_tokens, hidden, dtype=dtype, device=device).zero_()
+        symmetric.rendezvous(self.partial, self._name)
+        self._out = torch.zeros(min(max_tokens, MAX_SHARED_ROWS), hidden, dtype=dtype, device=device)
+        self._crossovers: list[tuple[int, str]] = []
+        """(rows, kind): the kind up to so many rows, ascending; NCCL beyond."""
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        return self._sum(self.kind(part.shape[0]), part)
+
+    def kind(self, rows: int) -> str:
+        """What sums so many rows."""
+        for limit, kind in self._crossovers:
+            if rows <= limit:
+                return kind
+        return "nccl"
+
+    def measure(self, cache: Path, time_of: Callable[[Callable[[], object]], float]) -> None:
+        """Find the crossovers, or take those of an earlier start on this machine.
+
+        Args:
+            cache: File that keeps them.
+            time_of: Microseconds that a call takes on the device.
+        """
+        key = (
+            f"{torch.cuda.get_device_name()} x{self._group.size} {self.partial.shape[1]} {self.partial.dtype}"
+        )
+        known: dict[str, list[int]] = {}
+        if self._group.rank == 0 and cache.exists():
+            known = json.loads(cache.read_text())
+        chosen = self._agree(known.get(key, [-1] * len(MEASURED_ROWS)))
+        if chosen[0] < 0:
+            chosen = self._agree(self._measure(time_of))
+            if self._group.rank == 0:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                cache.write_text(json.dumps({**known, key: chosen}))
+        self._crossovers = [
+            (rows, KINDS[kind])
+            for rows, kind in zip(MEASURED_ROWS, chosen, strict=True)
+            if rows <= self._out.shape[0] and KINDS[kind] != "nccl"
+        ]
+        self.name = ", ".join(f"{kind} to {rows} rows" for rows, kind in self._crossovers) or "nccl"
+        log.info("all-reduce: %s", self.name)
+
+    def _agree(self, choices: list[int]) -> list[int]:
+        """Rank 0's choices, on every rank."""
+        tensor = torch.tensor(choices, dtype=torch.int64, device=self.partial.device)
+        dist.broadcast(tensor, src=0)
+        return list(tensor.tolist())
+
+    def _measure(self, time_of: Callable[[Callable[[], object]], float]) -> list[int]:
+        """The index of the fastest kind at each of MEASURED_ROWS."""
+        best = []
+        for rows in MEASURED_ROWS:
+            part = self.partial[: min(rows, self._out.shape[0])]
+            times = [time_of(partial(self._sum, kind, part)) for kind in KINDS]
+            best.append(times.index(min(times)))
+            log.info("all-reduce of %d rows: %s us of %s", rows, [round(t, 1) for t in times], KINDS)
+        self.partial.zero_()
+        return best
+
+    def _sum(self, kind: str, part: torch.Tensor) -> torch.Tensor:
+        ops: Any = torch.ops.symm_mem
+        if kind == "one_shot":
+            out = self._out[: part.shape[0]]
+            ops.one_shot_all_reduce_out(part, "sum", self._name, out)
+            return out
+        if kind == "two_shot":
+            ops.two_shot_all_reduce_(part, "sum", self._name)
+            return part
+        return super().sum(part)
+
+
+def time_on_device(call: Callable[[], object]) -> float:
+    """Microseconds of a call, the median over repeats of events around a few of them."""
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    for _ in range(REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(4):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / 4)
+    return statistics.median(times)

@@ -1,0 +1,259 @@
+"""The CUDA engine on a CPU: its kernels run in Triton's interpreter, and must do what the torch engine does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_device_for_tests import HostDevice
+
+from stagemesh.model.deal import deal
+from stagemesh.model.source import open_model
+from stagemesh.stage.engine.interface import StepInputs
+from stagemesh.stage.engine.slots import SlotTable
+from stagemesh.stage.engine.torch_engine import TorchEngine
+from stagemesh.stage.group import RankGroup
+from stagemesh.stage.weights import load_shard
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.columns import F32, U8, U32, U64, pack
+
+pytest.importorskip("triton")
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+BLOCK, BLOCKS, SLOTS, ROWS, TOKENS = 4, 64, 8, 4, 32
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Any:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return open_model(str(tmp_path), weights=False)
+
+
+def cuda_engine(source: Any, layers: range, device: HostDevice, *, graphs: bool = True) -> Any:
+    from stagemesh.stage.cuda.attention import HeadShape, TritonAttention
+    from stagemesh.stage.cuda.buffers import make_buffers
+    from stagemesh.stage.cuda.cache import DeviceCache
+    from stagemesh.stage.cuda.engine import CudaEngine, EngineParts
+    from stagemesh.stage.cuda.filtered import FilteredChoice
+    from stagemesh.stage.cuda.links import DeviceLinks
+    from stagemesh.stage.cuda.model import DeviceLlama
+    from stagemesh.stage.cuda.reduce import Reducer
+    from stagemesh.stage.kernels.choose import num_parts
+
+    config, deals, group = source.config, deal(source.config, 1), RankGroup()
+    first, last = layers.start == 0, layers.stop == config.num_layers
+    weights = load_shard(
+        source, layers, deals[0], dtype=torch.float32, has_embedding=first, has_head=last, dummy=True
+    )
+    shape = HeadShape(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    cache = DeviceCache(
+        device.torch_device,
+        num_layers=len(layers),
+        num_blocks=BLOCKS,
+        block_size=BLOCK,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        max_slots=SLOTS,
+        max_blocks=-(-config.max_context // BLOCK),
+    )
+    attention, reducer = TritonAttention(cache, shape), Reducer(group)
+    buffers = make_buffers(
+        config,
+        deals[0],
+        max_tokens=TOKENS,
+        max_samples=2 if last else 0,
+        num_parts=num_parts(config.vocab_size),
+        dtype=torch.float32,
+        logits_dtype=torch.float32,
+        device=device.torch_device,
+    )
+    stream = device.stream()
+    return CudaEngine(
+        EngineParts(
+            config=config,
+            layers=layers,
+            deal=deals[0],
+            shards=[deals[0].vocab],
+            device=device,
+            stream=stream,
+            cache=cache,
+            attention=attention,
+            reducer=reducer,
+            buffers=buffers,
+            model=DeviceLlama(
+                config, layers, deals[0], weights, attention, reducer, buffers, max_context=config.max_context
+            ),
+            filtered=FilteredChoice(group, [deals[0].vocab]),
+            links=DeviceLinks(),
+            max_slots=SLOTS,
+            max_rows=2,
+            max_tokens=TOKENS,
+            plan_bytes=16,
+            graphs=graphs,
+            weight_bytes=0,
+        )
+    )
+
+
+def torch_engine(source: Any, layers: range) -> TorchEngine:
+    return TorchEngine(
+        source,
+        layers,
+        deal(source.config, 1),
+        RankGroup(),
+        dtype="float32",
+        num_blocks=BLOCKS,
+        block_size=BLOCK,
+        max_context=source.config.max_context,
+        dummy=True,
+    )
+
+
+class Stage:
+    """An engine and its slots, as a worker drives them."""
+
+    def __init__(self, engine: Any, *, first: bool = True, last: bool = True) -> None:
+        self.engine = engine
+        self.first, self.last = first, last
+        self.held = first and last and engine.holds_tokens
+        self.slots = SlotTable(max_slots=SLOTS, max_blocks=16, block_size=BLOCK, num_blocks=BLOCKS)
+        engine.open(stage_pb2.OpenLaneRequest(epoch=1, num_stages=1, max_slots=SLOTS, depth=2))
+
+    def run(self, step: stage_pb2.Step, hidden: memoryview | None = None) -> Any:
+        batch = self.slots.apply(step)
+        self.slots.begin(batch)
+        tokens = self.slots.input_tokens(batch, held=self.held) if self.first else None
+        handle = self.engine.launch(batch, StepInputs(arrived_ns=0, tokens=tokens, hidden=hidden))
+        output = handle.wait()
+        if output.tokens is not None and not self.held:
+            self.slots.deliver(batch.number, output.tokens)
+        return output
+
+
+def admit(slots: list[int], sampling: list[tuple[int, float, int, float]]) -> stage_pb2.Admissions:
+    return stage_pb2.Admissions(
+        slots=pack(slots, U32),
+        positions=pack([0] * len(slots), U32),
+        seeds=pack([one[0] for one in sampling], U64),
+        temperatures=pack([one[1] for one in sampling], F32),
+        top_ks=pack([one[2] for one in sampling], U32),
+        top_ps=pack([one[3] for one in sampling], F32),
+    )
+
+
+def script() -> list[stage_pb2.Step]:
+    """Prompts, decodes alone and with a chunk of another prompt, a slot given away, and every way to sample."""
+    rng = np.random.default_rng(5)
+
+    def tokens(count: int) -> list[int]:
+        return rng.integers(0, CONFIG["vocab_size"], count).tolist()
+
+    def blocks(table: dict[int, list[int]]) -> dict[str, bytes]:
+        return {
+            "append_slots": pack([slot for slot, ids in table.items() for _ in ids], U32),
+            "append_blocks": pack([block for ids in table.values() for block in ids], U32),
+        }
+
+    ways = [(11, 0.0, 0, 1.0), (12, 0.9, 0, 1.0), (13, 1.1, 5, 1.0), (2**63 + 5, 0.8, 0, 0.7)]
+    return [
+        stage_pb2.Step(
+            number=1,
+            admissions=admit([0, 1, 2], ways[:3]),
+            **blocks({0: [9, 3], 1: [4], 2: [20, 21, 5]}),
+            rows=stage_pb2.Rows(
+                slots=pack([0, 1, 2], U32), counts=pack([7, 3, 10], U32), tokens=pack(tokens(20), U32)
+            ),
+        ),
+        stage_pb2.Step(number=2, **blocks({1: [6]}), same_rows_as=1),
+        stage_pb2.Step(
+            number=3,
+            admissions=admit([3], ways[3:]),
+            **blocks({0: [7], 3: [30, 31]}),
+            rows=stage_pb2.Rows(
+                slots=pack([0, 1, 2, 3], U32),
+                counts=pack([1, 1, 1, 5], U32),
+                input_steps=pack([2, 2, 2, 0], U64),
+                tokens=pack(tokens(5), U32),
+                sample=pack([1, 1, 1, 0], U8),
+            ),
+        ),
+        stage_pb2.Step(
+            number=4,
+            release_slots=pack([1], U32),
+            rows=stage_pb2.Rows(
+                slots=pack([0, 3], U32),
+                counts=pack([1, 2], U32),
+                input_steps=pack([3, 0], U64),
+                tokens=pack(tokens(2), U32),
+            ),
+        ),
+        stage_pb2.Step(number=5, same_rows_as=4),
+        stage_pb2.Step(
+            number=6,
+            admissions=admit([1], ways[1:2]),
+            **blocks({1: [4], 2: [40]}),
+            rows=stage_pb2.Rows(
+                slots=pack([2, 1], U32),
+                counts=pack([1, 2], U32),
+                input_steps=pack([3, 0], U64),
+                tokens=pack(tokens(2), U32),
+            ),
+        ),
+        stage_pb2.Step(number=7, same_rows_as=6),
+        stage_pb2.Step(number=8, same_rows_as=7),
+    ]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_it_samples_what_the_torch_engine_samples(source: Any, graphs: bool) -> None:
+    layers = range(source.config.num_layers)
+    device = HostDevice()
+    reference = Stage(torch_engine(source, layers))
+    stage = Stage(cuda_engine(source, layers, device, graphs=graphs))
+    for step in script():
+        expected, got = reference.run(step), stage.run(step)
+        assert got.tokens.tolist() == expected.tokens.tolist(), step.number
+    replays = sum(graph.replays for graph in device.graphs)
+    assert replays > len(device.graphs) if graphs else not replays
+
+
+def test_stages_hand_on_what_the_torch_engine_hands_on(source: Any) -> None:
+    cut = [range(1), range(1, 2)]
+    expected = [
+        Stage(torch_engine(source, cut[0]), last=False),
+        Stage(torch_engine(source, cut[1]), first=False),
+    ]
+    device = HostDevice()
+    got = [
+        Stage(cuda_engine(source, cut[0], device), last=False),
+        Stage(cuda_engine(source, cut[1], device), first=False),
+    ]
+    for step in script():
+        hidden, other = expected[0].run(step).hidden, got[0].run(step).hidden
+        np.testing.assert_allclose(
+            np.frombuffer(other, np.float32), np.frombuffer(hidden, np.float32), rtol=1e-4, atol=1e-5
+        )
+        tokens, others = expected[1].run(step, hidden).tokens, got[1].run(step, other).tokens
+        assert others.tolist() == tokens.tolist(), step.number
+        for pair in (expected, got):
+            pair[0].slots.deliver(step.number, tokens)
