@@ -18,10 +18,10 @@ FLAGS = {
     "up": """
         --admin --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
         --kv-memory --linears --link-timeout-s --listen --load-format --log-json --log-level --lookahead
-        --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share
+        --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics
         --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache
         --ready-file --served-model-name
-        --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp
+        --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp --trace
     """,
     "generate": """
         --address --ignore-eos --json --max-tokens --priority --request-id --seed --temperature --timeout

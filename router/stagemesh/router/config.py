@@ -20,6 +20,7 @@ class StageEntry(_Settings):
 
     address: str
     layers: str | None = None
+    metrics: str | None = None
     tp: int = Field(default=1, ge=1)
 
 
@@ -28,6 +29,7 @@ class RouterEntry(_Settings):
 
     listen: str | None = None
     admin: str | None = None
+    metrics: str | None = None
 
 
 class MeshFile(_Settings):
@@ -93,6 +95,9 @@ class RouterConfig(_Settings):
     trace: Literal["requests", "full"] = Field(
         default="requests",
         description="Spans of a sampled request; full: one for each of its decode steps on each stage too.",
+    )
+    metrics: str | None = Field(
+        default=None, description="Address of an HTTP server for /metrics, /healthz and /readyz; unset: none."
     )
     debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")
     step_log: str | None = Field(

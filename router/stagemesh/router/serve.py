@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from typing import TYPE_CHECKING
 
 import uvloop
 from grpc_health.v1.health_pb2 import HealthCheckResponse
@@ -21,6 +22,9 @@ from stagemesh.wire.address import check_listen, split_address
 from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
+
+if TYPE_CHECKING:
+    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +73,12 @@ async def _serve(config: RouterConfig) -> None:
     add_reflection(admin, administration)
     listen = bind(public, config.listen, key="--listen")
     admin_listen = bind(admin, config.admin, key="--admin")
+    metrics = _serve_metrics(config, requests, listen, tracing)
     await public.start()
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
+    if metrics:
+        log.info("metrics on http://%s/metrics", metrics.address)
     lane = asyncio.create_task(requests.lane.run())
     waiter = asyncio.create_task(stopped.wait())
     try:
@@ -91,3 +98,19 @@ async def _serve(config: RouterConfig) -> None:
         await asyncio.gather(public.stop(SHUTDOWN_GRACE_S), admin.stop(SHUTDOWN_GRACE_S))
         if tracing:
             await asyncio.to_thread(tracing.close)
+        if metrics:
+            metrics.close()
+
+
+def _serve_metrics(
+    config: RouterConfig, requests: Requests, listen: str, tracing: RouterTracing | None
+) -> MetricsEndpoint | None:
+    if config.metrics is None:
+        return None
+    # Here, lest a router without metrics loads OpenTelemetry.
+    from stagemesh.router.metrics import RouterMetrics
+    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
+
+    check_listen(config.metrics, insecure=config.insecure, key="--metrics")
+    metrics = RouterMetrics(requests, listen, lambda: tracing.num_dropped if tracing else 0)
+    return MetricsEndpoint(config.metrics, metrics.scrape, metrics.not_ready, asyncio.get_running_loop())

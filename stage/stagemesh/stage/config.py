@@ -69,6 +69,9 @@ class StageConfig(BaseModel):
         default=30.0, gt=0, description="Seconds a rank waits for another in a collective."
     )
     worker_timeout_s: float = Field(default=60.0, gt=0, description="A worker silent for longer is replaced.")
+    metrics: str | None = Field(
+        default=None, description="Address of an HTTP server for /metrics, /healthz and /readyz; unset: none."
+    )
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     log_json: bool = Field(default=False, description="Log JSON lines.")

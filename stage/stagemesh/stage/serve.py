@@ -13,9 +13,10 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.leader import SERVICE_NAME, StageLeader
 from stagemesh.stage.leader.service import RAW_METHODS, StageService
+from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.plan import plan_stage
-from stagemesh.stage.telemetry import start_exporter
+from stagemesh.stage.telemetry import serve_metrics, stage_label, start_exporter
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.logs import setup_logging
@@ -44,15 +45,18 @@ async def _serve(config: StageConfig, name: str) -> None:
     server = make_server()
     health = add_health(server)
     await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
-    leader = StageLeader(
-        config, plan, name, health, version("stagemesh"), StepSpans(exporter) if exporter else None
-    )
+    spans = StepSpans(exporter) if exporter else None
+    stats = StageStats(stage_label(config)) if config.metrics else None
+    leader = StageLeader(config, plan, name, health, version("stagemesh"), spans, stats)
     descriptor = stage_pb2.DESCRIPTOR.services_by_name["StageService"]
     add_service(server, descriptor, StageService(leader), raw=RAW_METHODS)
     add_reflection(server, descriptor)
     address = bind(server, config.listen, key="--listen")
+    metrics = serve_metrics(config, leader, plan.num_blocks, exporter, spans)
     await server.start()
     log.info("listening on %s", address)
+    if metrics:
+        log.info("metrics on http://%s/metrics", metrics.address)
     supervisor = asyncio.create_task(leader.supervise())
     waiter = asyncio.create_task(stopped.wait())
     try:
@@ -69,3 +73,5 @@ async def _serve(config: StageConfig, name: str) -> None:
         await server.stop(SHUTDOWN_GRACE_S)
         if exporter:
             await asyncio.to_thread(exporter.close)
+        if metrics:
+            metrics.close()

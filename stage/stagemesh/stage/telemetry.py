@@ -1,22 +1,34 @@
-"""Telemetry of one stage process: where its spans go."""
+"""Telemetry of one stage process: where its spans go, and its metrics endpoint.
+
+OpenTelemetry is loaded where one of them is configured, and not otherwise.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from stagemesh.stage.config import StageConfig
+from stagemesh.stage.leader.leader import StageLeader
+from stagemesh.stage.leader.step_spans import StepSpans
+from stagemesh.wire.address import check_listen
 from stagemesh.wire.telemetry.settings import TraceSettings
 
 if TYPE_CHECKING:
+    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
     from stagemesh.wire.telemetry.exporter import SpanExporter
+
+
+def stage_label(config: StageConfig) -> str:
+    """The stage's index, or the layers that name it where it was not told its place."""
+    return config.stage.partition("/")[0] if config.stage else (config.layers or "all").replace(":", "-")
 
 
 def service_name(config: StageConfig) -> str:
     """A service each, so that a trace shows which stage a span is from; OTEL_SERVICE_NAME overrides it."""
-    place = config.stage.partition("/")[0] if config.stage else (config.layers or "all").replace(":", "-")
-    return f"stagemesh-stage-{place}"
+    return f"stagemesh-stage-{stage_label(config)}"
 
 
 def start_exporter(config: StageConfig) -> SpanExporter | None:
@@ -31,3 +43,29 @@ def start_exporter(config: StageConfig) -> SpanExporter | None:
         settings,
         service_attributes(service_name(config), version=version("stagemesh"), instance=config.listen),
     )
+
+
+def serve_metrics(
+    config: StageConfig,
+    leader: StageLeader,
+    num_blocks: int,
+    exporter: SpanExporter | None,
+    spans: StepSpans | None,
+) -> MetricsEndpoint | None:
+    """The endpoint of --metrics; None without. ConfigError if it cannot listen."""
+    if config.metrics is None or leader.stats is None:
+        return None
+    from stagemesh.stage.metrics import StageMetrics
+    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
+
+    check_listen(config.metrics, insecure=config.insecure, key="--metrics")
+    metrics = StageMetrics(
+        leader.stats,
+        stage=stage_label(config),
+        service=service_name(config),
+        listen=config.listen,
+        num_blocks=num_blocks,
+        not_ready=lambda: leader.not_ready,
+        num_dropped=lambda: (exporter.num_dropped if exporter else 0) + (spans.num_dropped if spans else 0),
+    )
+    return MetricsEndpoint(config.metrics, metrics.scrape, metrics.not_ready, asyncio.get_running_loop())

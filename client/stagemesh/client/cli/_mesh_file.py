@@ -19,6 +19,7 @@ def stage_values(file: MeshFile, path: str, index: int) -> dict[str, Any]:
         "layers": entry.layers,
         "tp": entry.tp,
         "listen": entry.address,
+        "metrics": entry.metrics,
         "block_size": file.block_size,
         "max_context": file.max_context,
     }
@@ -31,6 +32,7 @@ def router_values(file: MeshFile) -> dict[str, Any]:
         "stages": tuple(entry.address for entry in file.stages) or None,
         "listen": file.router.listen,
         "admin": file.router.admin,
+        "metrics": file.router.metrics,
         "served_model_name": file.served_model_name,
         "max_context": file.max_context,
     }

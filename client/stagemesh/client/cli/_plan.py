@@ -41,6 +41,8 @@ ROUTER_OPTIONS = (
     "step_timeout_s",
     "link_timeout_s",
     "heartbeat_timeout_s",
+    "trace",
+    "metrics",
     "debug_logits",
     "step_log",
 )
@@ -103,6 +105,7 @@ def plan_mesh(
         )
     ranks = sizes or [entry.tp for entry in file.stages] or [1] * count
     addresses = _stage_addresses(stage_port, count, file)
+    metrics = _stage_metrics(given.get("metrics"), count, file)
     # Each stage may use every core: one stream is at one stage at a time, and the router does not send
     # steps into stages that share cores side by side (docs/architecture.md, "Where we differ").
     threads = [given.get("threads") or max(1, num_cores // size) for size in ranks]
@@ -123,6 +126,7 @@ def plan_mesh(
                 "tp": ranks[index],
                 "threads": threads[index],
                 "listen": addresses[index],
+                "metrics": metrics[index],
                 "layers": file.stages[index].layers if file.stages else None,
             },
             from_file,
@@ -141,6 +145,7 @@ def plan_mesh(
             "max_context": file.max_context,
             "listen": file.router.listen,
             "admin": file.router.admin,
+            "metrics": file.router.metrics,
             "served_model_name": file.served_model_name,
         },
     )
@@ -176,6 +181,17 @@ def _tp_sizes(tp: str | None) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--tp: '{tp}' is not a list of rank counts; expected 2, or 1,2,1")
     return [int(part) for part in parts]
+
+
+def _stage_metrics(router: str | None, count: int, file: MeshFile) -> list[str | None]:
+    """The ports after the router's, unless the file gives each its own."""
+    if router is None:
+        return [entry.metrics for entry in file.stages] or [None] * count
+    host, port = split_address(router, key="--metrics")
+    if port and port + count > 65535:
+        raise ConfigError(f"--metrics: {port} leaves no room for {count} stages below 65536")
+    host = f"[{host}]" if ":" in host else host
+    return [f"{host}:{port + 1 + index if port else 0}" for index in range(count)]
 
 
 def _stage_addresses(stage_port: int | None, count: int, file: MeshFile) -> list[str]:

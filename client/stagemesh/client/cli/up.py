@@ -93,8 +93,11 @@ def _up(
 def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
     """The plan with port 0 made real; raises if a port is taken, or open to the world unmeant."""
     keys = {"listen": "--listen", "admin": "--admin"}
+    if plan.router.metrics:
+        keys["metrics"] = "--metrics"
     wanted = [*((getattr(plan.router, name), key) for name, key in keys.items())]
     wanted += [(stage.listen, stage_key) for stage in plan.stages]
+    wanted += [(stage.metrics, "--metrics") for stage in plan.stages if stage.metrics]
     addresses: list[str] = []
     for address, key in wanted:
         check_listen(address, insecure=plan.router.insecure, key=key)
@@ -102,10 +105,12 @@ def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
         check_free(addresses[-1], key=key)
         if addresses[-1] in addresses[:-1]:
             raise ConfigError(f"{key}: {addresses[-1]} is given to two servers of this mesh")
-    router, stages = dict(zip(keys, addresses, strict=False)), addresses[len(keys) :]
+    router = dict(zip(keys, addresses, strict=False))
+    stages = addresses[len(keys) : len(keys) + len(plan.stages)]
+    metrics = iter(addresses[len(keys) + len(plan.stages) :])
     return MeshPlan(
         stages=tuple(
-            stage.model_copy(update={"listen": address})
+            stage.model_copy(update={"listen": address, "metrics": next(metrics) if stage.metrics else None})
             for stage, address in zip(plan.stages, stages, strict=True)
         ),
         router=plan.router.model_copy(update={**router, "stages": tuple(stages)}),
@@ -144,6 +149,9 @@ def _write_ready_file(path: Path, plan: MeshPlan, model_name: str) -> None:
         "listen": plan.router.listen,
         "admin": plan.router.admin,
         "stages": [stage.listen for stage in plan.stages],
+        "metrics": [
+            address for address in (plan.router.metrics, *(one.metrics for one in plan.stages)) if address
+        ],
         "model": model_name,
         "pid": os.getpid(),
     }

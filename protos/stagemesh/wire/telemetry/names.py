@@ -164,9 +164,7 @@ class Metric:
     def prometheus(self) -> str:
         """The name in a scrape; of a histogram without _bucket, _sum and _count."""
         name = self.name.replace(".", "_")
-        suffix = {"s": "_seconds", "By": "_bytes", "1": "_ratio" if self.kind == "gauge" else ""}.get(
-            self.unit, ""
-        )
+        suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
         if not name.endswith(suffix):
             name += suffix
         return name + ("_total" if self.kind == "counter" else "")

@@ -39,8 +39,8 @@ class Backend(Protocol):
     def abandon(self, handle: int) -> None:
         """Nobody reads it any more; whatever still comes of it is for nobody."""
 
-    def refused(self) -> None:
-        """A request was refused before it came to `submit`."""
+    def refused(self, code: str) -> None:
+        """A request was refused, with that gRPC status code, before it came to `submit`."""
 
     async def abort(self, request_id: str) -> bool:
         """End a request, whoever made it, with finish reason ABORT; False if it is not live."""

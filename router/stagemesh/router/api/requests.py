@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,10 +83,9 @@ class Requests:
         """That side is gone: its requests are aborted."""
         self._ports[port.index] = None
         for live in list(port.live.values()):
-            self.num_failed += 1
-            self._end(
-                live, error=UnavailableError("the API worker of the request ended", reason="WORKER_LOST")
-            )
+            error = UnavailableError("the API worker of the request ended", reason="WORKER_LOST")
+            self.count_failure(error.code.name)
+            self._end(live, error=error)
             self.lane.abort(live.request.request_id)
 
     def submit(self, live: LiveRequest) -> None:
@@ -104,6 +104,11 @@ class Requests:
         scheduler = self.lane.scheduler
         live.sequence = scheduler.sequence(request.request_id) if scheduler else None
         self.history.add(live)
+
+    def count_failure(self, code: str) -> None:
+        """A request was refused or failed, with that gRPC status code."""
+        self.num_failed += 1
+        self.lane.stats.failed[code] += 1
 
     def abort(self, request_id: str) -> bool:
         """End a request with finish reason ABORT; False if it is not live."""
@@ -180,7 +185,7 @@ class Requests:
         live = self._live.get(request.request_id)
         if live is None:
             return
-        self.num_failed += 1
+        self.count_failure(error.code.name)
         self._end(live, error=error.of_request(request.request_id))
         if self._ports[live.port.index] is live.port and live.error:
             live.port.outlet.fail(live.handle, live.error)
@@ -208,12 +213,13 @@ class Port:
 
     def submit(self, handle: int, request: Request, arrived: float) -> None:
         """Start a request; a refusal goes to the outlet."""
+        request = replace(request, arrived=arrived)
         live = LiveRequest(request=request, arrived=arrived, port=self, handle=handle)
         try:
             self._requests.submit(live)
         except StagemeshError as error:
             error.request_id = error.request_id or request.request_id
-            self._requests.num_failed += 1
+            self._requests.count_failure(error.code.name)
             self.outlet.fail(handle, error)
 
     def abandon(self, handle: int) -> None:
@@ -221,9 +227,9 @@ class Port:
         if live := self.live.get(handle):
             self._requests.abort(live.request.request_id)
 
-    def refused(self) -> None:
+    def refused(self, code: str) -> None:
         """Counts as failed."""
-        self._requests.num_failed += 1
+        self._requests.count_failure(code)
 
     async def abort(self, request_id: str) -> bool:
         """End a request, whoever made it."""

@@ -56,7 +56,7 @@ class Streams:
             request = check(message, self.model)
         except StagemeshError as error:
             error.request_id = error.request_id or message.request_id
-            self.backend.refused()
+            self.backend.refused(error.code.name)
             if trace and self.spans:
                 self.spans.refuse(trace, error)
             raise

@@ -14,6 +14,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.forming import open_links, open_stages
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Limits, Request, Scheduler, Step, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
@@ -79,12 +80,15 @@ class Lane:
         self._events = events
         self._spans = spans
         self.records = StepRecords()
+        self.stats = LaneStats()
         self.stages = [StageLink(index, address) for index, address in enumerate(config.stages)]
         self.state: admin_pb2.LaneState = FORMING
         self.reason = "starting"
         self.epoch = 0
         self.limiting_stage = 0
         self.num_steps = 0
+        self.num_steps_ever = 0
+        """Of all epochs."""
         self.num_formed = 0
         self.scheduler: Scheduler | None = None
         self._sent_at: dict[int, float] = {}
@@ -112,9 +116,13 @@ class Lane:
         deltas = self.scheduler.abort(request_id) if self.scheduler else StepDeltas()
         if not len(deltas):
             return False
-        self._events.on_deltas(deltas)
+        self._tell(deltas)
         self._pump_soon()
         return True
+
+    def _tell(self, deltas: StepDeltas) -> None:
+        self.stats.take(deltas, time.monotonic())
+        self._events.on_deltas(deltas)
 
     # Life
 
@@ -187,6 +195,8 @@ class Lane:
         self.num_formed += 1
         self._sent_at.clear()
         self.records.clear()
+        self.stats.open_lane(limits.max_slots)
+        self.stats.totals.open_lane(self.scheduler)
         if self._spans:
             self._spans.open_lane(self.epoch, limits.max_slots)
         self.limiting_stage = min(members, key=lambda member: member.description.num_blocks).index
@@ -287,7 +297,7 @@ class Lane:
     def _pump(self) -> None:
         self._pumping = False
         if self.scheduler and len(expired := self.scheduler.expire(time.monotonic())):
-            self._events.on_deltas(expired)
+            self._tell(expired)
         while self.scheduler and (step := self.scheduler.next_step(time.monotonic())):
             sent_ns = time.monotonic_ns()
             traceparent = self._spans.step_sent(step, sent_ns) if self._spans else ""
@@ -298,7 +308,9 @@ class Lane:
             self._sent_at[step.number] = sent_ns / 1e9
             self.records.sent(step, sent_ns)
             self.num_steps += 1
+            self.num_steps_ever += 1
             for sequence in step.changes.admitted:
+                self.stats.admitted(sequence, sent_ns / 1e9)
                 self._events.on_admitted(sequence)
             if self._step_log:
                 self._log_step(step, len(request))
@@ -339,7 +351,7 @@ class Lane:
             self._log_result(result)
         token_ids = unpack(result.token_ids, U32, "token_ids")
         if len(deltas := scheduler.take_result(result.number, token_ids, time.monotonic())):
-            self._events.on_deltas(deltas)
+            self._tell(deltas)
 
     def _log_step(self, step: Step, num_bytes: int) -> None:
         assert self._step_log is not None

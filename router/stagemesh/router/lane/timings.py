@@ -28,7 +28,8 @@ class StageTimings:
         self._numbers = np.zeros(STEPS_KEPT, np.int64)
         self._arrivals = np.zeros(STEPS_KEPT, np.int64)
         self._columns = np.zeros((STEPS_KEPT, len(COLUMNS)), np.int64)
-        self._busy: deque[tuple[float, int]] = deque()
+        self._window: deque[tuple[float, Int64]] = deque()
+        """(monotonic seconds, sums of COLUMNS) of the reports of the last BUSY_WINDOW_S."""
 
     def add(self, report: stage_pb2.StageReport) -> tuple[Int64, Int64]:
         """Take a report's columns; returns its step numbers, [n], and their times in nanoseconds, [n, 6]: when
@@ -45,13 +46,13 @@ class StageTimings:
             self._numbers[where] = numbers
             self._arrivals[where] = times_ns[:, 0]
             self._columns[where] = times_ns[:, 1:]
-            self._busy.append((time.monotonic(), int(times_ns[:, 1 + COLUMNS.index("compute")].sum())))
+            self._window.append((time.monotonic(), times_ns[:, 1:].sum(axis=0)))
         return numbers, times_ns
 
     def clear(self) -> None:
         """A new epoch counts from 1 again."""
         self._numbers[:] = 0
-        self._busy.clear()
+        self._window.clear()
 
     def of(self, numbers: Int64) -> Int64:
         """[known, 5] nanoseconds of COLUMNS of those steps that are still kept."""
@@ -71,9 +72,21 @@ class StageTimings:
 
     def busy_share(self) -> float:
         """Share of the last ten seconds in which the stage computed."""
-        now = time.monotonic()
-        while self._busy and self._busy[0][0] < now - BUSY_WINDOW_S:
-            self._busy.popleft()
-        if not self._busy:
-            return 0.0
-        return min(1.0, sum(busy for _, busy in self._busy) / 1e9 / BUSY_WINDOW_S)
+        return min(1.0, float(self._sums()[COLUMNS.index("compute")]) / 1e9 / BUSY_WINDOW_S)
+
+    def bubble_share(self) -> float:
+        """Of the last ten seconds' time with a step at hand, the share in which the stage waited for another's
+        output. Time without any step is not in it: then the router had no work, which is no bubble."""
+        sums = self._sums()
+        wait, busy = float(sums[COLUMNS.index("wait")]), float(sums[BUSY].sum())
+        return wait / (wait + busy) if wait + busy else 0.0
+
+    def _sums(self) -> Int64:
+        """[5] nanoseconds of COLUMNS in the last ten seconds. Called in the event loop and by a scrape."""
+        oldest = time.monotonic() - BUSY_WINDOW_S
+        while self._window and self._window[0][0] < oldest:
+            self._window.popleft()
+        total = np.zeros(len(COLUMNS), np.int64)
+        for _, sums in tuple(self._window):
+            total += sums
+        return total

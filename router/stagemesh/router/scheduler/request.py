@@ -53,6 +53,8 @@ class Request:
     """Higher goes first."""
     deadline: float = math.inf
     """When nobody waits for it any more: seconds on the clock that the scheduler's events are told."""
+    arrived: float = 0.0
+    """When it reached the router: seconds on the same clock."""
     trace: bytes = b""
     """Trace id and span id (24 bytes) that its spans are children of; empty where it is not sampled."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stagemesh.stage.leader.link import LinkSender
+from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.local_queue import Timings, unpack_timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, pack
@@ -27,6 +28,7 @@ class LeaderLane:
     """Everything of one epoch."""
 
     request: stage_pb2.OpenLaneRequest
+    stats: StageStats | None = None
     senders: dict[int, LinkSender] = field(default_factory=dict)
     expected: dict[int, asyncio.Event] = field(default_factory=dict)
     """By kind: links this stage receives on; set when the dummy came."""
@@ -53,6 +55,8 @@ class LeaderLane:
         """End the lane here: the Execute stream ends with the error. The first one counts."""
         if self.error is None:
             self.error = error
+            if self.stats:
+                self.stats.lanes_failed[error.code.name] += 1
             self.wake.set()
 
     def ask_ranks(self, question: tuple[object, ...], ranks: int) -> list[asyncio.Future[bytes]]:

@@ -16,6 +16,7 @@ from grpc_health.v1.health import aio as health_aio
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
+from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.worker_group import WorkerGroup
 from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker
@@ -50,6 +51,7 @@ class StageLeader:
         health: Says NOT_SERVING for the stage service while the workers are not there.
         version: Of the package.
         spans: Takes the steps that are traced; None where tracing is off.
+        stats: Counts, for metrics; None where nobody asks for them.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class StageLeader:
         health: health_aio.HealthServicer,
         version: str,
         spans: StepSpans | None = None,
+        stats: StageStats | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -67,12 +70,18 @@ class StageLeader:
         self._health = health
         self._version = version
         self._spans = spans
+        self.stats = stats
         self._group: WorkerGroup | None = None
         self._not_ready = "loading"
         self._incarnation = ""
         self._lane: LeaderLane | None = None
         self._epoch = 0
         self._opening = asyncio.Lock()
+
+    @property
+    def not_ready(self) -> str:
+        """Why it cannot serve now; empty when it can."""
+        return self._not_ready
 
     async def supervise(self) -> None:
         """Keep a worker group running; StartupError if the first one cannot start."""
@@ -101,6 +110,8 @@ class StageLeader:
         self._incarnation = uuid.uuid4().hex
         self._group = group
         self._not_ready = ""
+        if self.stats:
+            self.stats.groups_started += 1
         await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         log.info("%s", load_line(self._plan, group.facts, self._config))
         try:
@@ -191,9 +202,11 @@ class StageLeader:
             )
             if self._lane:
                 await self._lane.close()
-            self._lane = LeaderLane(request)
+            self._lane = LeaderLane(request, self.stats)
             if self._spans:
                 self._spans.open_lane(request.stage_index)
+            if self.stats:
+                self.stats.open_lane()
             self._require_group().broadcast(ToWorker.OPEN, request.SerializeToString())
             return self._incarnation
 
@@ -218,6 +231,8 @@ class StageLeader:
             lane.last_received = request.steps[-1].number
             if self._spans:
                 self._spans.take_steps(request.steps)
+            if self.stats:
+                self.stats.take_steps(request.steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
 
     async def prepare_nccl(self, lane: LeaderLane, kind: int, timeout_s: float) -> list[bytes]:
@@ -293,8 +308,9 @@ class StageLeader:
         elif kind is ToLeader.DONE:
             timings = lane.add_timings(parts[0].bytes)
             if self._spans:
-                for timing in timings:
-                    self._spans.take_timing(int(timing["number"]), timing.tobytes())
+                self._spans.take_timings(timings)
+            if self.stats:
+                self.stats.take_timings(timings)
         elif kind is ToLeader.TENSOR:
             header = TensorHeader.unpack(parts[0].bytes)
             sender = lane.senders.get(header.kind)

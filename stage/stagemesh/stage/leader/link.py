@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -22,6 +23,9 @@ from stagemesh.wire.service import MESH_CHANNEL_OPTIONS
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 64 << 20
+TRANSPORT = "grpc"
+OnSent = Callable[[int, str, int, float], None]
+"""Kind of the link, transport, bytes, and seconds from `send` until the transport had it."""
 _TRANSFER = "/stagemesh.v1.StageService/Transfer"
 
 
@@ -33,16 +37,23 @@ class LinkSender:
         kind: LinkKind.
         address: The receiving stage's.
         on_broken: Called once, with the error, if the link ends before `close`.
+        on_sent: Called for each tensor that the transport took; None where nobody counts.
     """
 
     def __init__(
-        self, epoch: int, kind: int, address: str, on_broken: Callable[[StageLostError], None]
+        self,
+        epoch: int,
+        kind: int,
+        address: str,
+        on_broken: Callable[[StageLostError], None],
+        on_sent: OnSent | None = None,
     ) -> None:
         self._epoch = epoch
         self._kind = kind
         self._address = address
         self._on_broken = on_broken
-        self._queue: deque[tuple[int, memoryview]] = deque()
+        self._on_sent = on_sent
+        self._queue: deque[tuple[int, memoryview, float]] = deque()
         self._wake = asyncio.Event()
         self._sent_bytes = 0
         self._received_bytes = 0
@@ -60,7 +71,7 @@ class LinkSender:
 
     def send(self, step: int, data: memoryview) -> None:
         """Queue a tensor's bytes; they must stay as they are until sent."""
-        self._queue.append((step, data))
+        self._queue.append((step, data, time.monotonic()))
         self._wake.set()
 
     async def close(self) -> None:
@@ -86,14 +97,16 @@ class LinkSender:
             self._break("the call ended")
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
-        self._queue.appendleft((0, memoryview(b"\0")))
+        self._queue.appendleft((0, memoryview(b"\0"), 0.0))
         while True:
             while self._queue:
-                step, data = self._queue.popleft()
+                step, data, queued_at = self._queue.popleft()
                 for message in frame.encode(epoch=self._epoch, kind=self._kind, step=step, tensor=data):
                     await self._wait_for_credit()
                     self._sent_bytes += min(frame.MAX_FRAME_BYTES, len(data))
                     await call.write(message)
+                if self._on_sent and step:
+                    self._on_sent(self._kind, TRANSPORT, len(data), time.monotonic() - queued_at)
             self._wake.clear()
             if not self._queue:
                 await self._wake.wait()

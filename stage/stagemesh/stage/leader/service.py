@@ -64,8 +64,11 @@ class StageService:
         timeout_s = request.timeout_ms / 1000
         if request.transport == "nccl":
             await self._leader.connect_nccl(lane, request, timeout_s)
+            if lane.stats and request.sender:
+                lane.stats.send_from_device(request.kind, request.transport)
         elif request.sender:
-            sender = LinkSender(lane.epoch, request.kind, request.peer_address, lane.fail)
+            on_sent = lane.stats.sent if lane.stats else None
+            sender = LinkSender(lane.epoch, request.kind, request.peer_address, lane.fail, on_sent)
             lane.senders[request.kind] = sender
             await sender.opened(timeout_s)
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagemesh.stage.local_queue import StepTiming
+from stagemesh.stage.local_queue import StepTiming, Timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 SPANS_OF_A_STEP = 1 + len(PARTS)
-_TIMES = slice(3, 3 + len(PARTS))
+SENT_BYTES = 8
+"""Column of a packed StepTiming."""
+PART_COLUMNS = slice(3, 3 + len(PARTS))
 """Columns of a packed StepTiming with the parts' nanoseconds, in the order of PARTS."""
 
 
@@ -37,7 +39,9 @@ class StepSpans:
         self._settings = exporter.settings
         self._stage_index = 0
         self._open: dict[int, str] = {}
-        self._done: SpanBuffer[tuple[str, bytes]] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        self._done: SpanBuffer[tuple[list[str], Timings]] = SpanBuffer(
+            self._settings.max_queued // SPANS_OF_A_STEP
+        )
         columns = {
             Attribute.STAGE: "int",
             Attribute.EPOCH: "int",
@@ -64,22 +68,30 @@ class StepSpans:
             if step.traceparent:
                 self._open[step.number] = step.traceparent
 
-    def take_timing(self, number: int, packed: bytes) -> None:
-        """A step is done; `packed` is its StepTiming."""
-        if self._open and (traceparent := self._open.pop(number, None)):
-            self._done.add((traceparent, packed))
+    def take_timings(self, timings: Timings) -> None:
+        """Steps that are done."""
+        if not self._open:
+            return
+        traceparents = [self._open.pop(number, "") for number in timings["number"].tolist()]
+        if any(traceparents):
+            self._done.add((traceparents, timings))
 
     def _spans(self) -> list[Chunk]:
         done = self._done.take()
+        if not done:
+            return []
+        traceparents = [traceparent for some, _ in done for traceparent in some]
+        table = timing_table(timings for _, timings in done)
+        traced = np.flatnonzero(np.array(traceparents) != "")
         size = max(1, self._settings.max_batch // SPANS_OF_A_STEP)
-        return [self._encode(done[begin : begin + size]) for begin in range(0, len(done), size)]
+        batches = (traced[begin : begin + size] for begin in range(0, len(traced), size))
+        return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
 
-    def _encode(self, done: list[tuple[str, bytes]]) -> Chunk:
-        table = timing_table(packed for _, packed in done)
-        traces, roots = parents_of(traceparent for traceparent, _ in done)
-        count = len(done)
+    def _encode(self, traceparents: list[str], table: Int64) -> Chunk:
+        traces, roots = parents_of(traceparents)
+        count = len(traceparents)
         arrivals = table[:, 2] + (time.time_ns() - time.monotonic_ns())
-        ends = arrivals[:, None] + np.cumsum(table[:, _TIMES], axis=1)
+        ends = arrivals[:, None] + np.cumsum(table[:, PART_COLUMNS], axis=1)
         stages = ids(os.urandom(8 * count), 8)
         data = self._stage.encode(
             trace_ids=traces,
@@ -91,14 +103,14 @@ class StepSpans:
                 Attribute.STAGE: np.full(count, self._stage_index),
                 Attribute.EPOCH: table[:, 0],
                 Attribute.STEP: table[:, 1],
-                Attribute.SENT_BYTES: table[:, 8],
+                Attribute.SENT_BYTES: table[:, SENT_BYTES],
             },
         )
         spans = count
         begins = arrivals
         for index, template in enumerate(self._parts):
             # Most steps find the stage free: then there is no queue to show.
-            there = slice(None) if index else np.flatnonzero(table[:, _TIMES][:, 0])
+            there = slice(None) if index else np.flatnonzero(table[:, PART_COLUMNS][:, 0])
             chosen = stages[there]
             data += template.encode(
                 trace_ids=traces[there],
@@ -112,9 +124,9 @@ class StepSpans:
         return data, spans
 
 
-def timing_table(packed: Iterable[bytes]) -> Int64:
+def timing_table(timings: Iterable[Timings]) -> Int64:
     """[N, 9] fields of StepTimings in their order."""
-    data = b"".join(packed)
+    data = b"".join(some.tobytes() for some in timings)
     return np.frombuffer(data, "<i8").reshape(-1, StepTiming.SIZE // 8)
 
 

@@ -1,0 +1,67 @@
+"""The stage's instruments: where each number of StageMetric comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+
+from stagemesh.stage.leader.stats import StageStats
+from stagemesh.wire.telemetry.metrics import Metrics, Values
+from stagemesh.wire.telemetry.names import Attribute, StageMetric
+from stagemesh.wire.telemetry.resource import service_attributes
+
+
+class StageMetrics:
+    """Reads them off the stage when it is scraped.
+
+    Args:
+        stats: Of the stage.
+        stage: Its index, for labels.
+        service: Name of the service.
+        listen: Its address.
+        num_blocks: KV blocks it has room for.
+        not_ready: Why it cannot serve now; empty when it can.
+        num_dropped: Spans lost so far.
+    """
+
+    def __init__(
+        self,
+        stats: StageStats,
+        *,
+        stage: str,
+        service: str,
+        listen: str,
+        num_blocks: int,
+        not_ready: Callable[[], str],
+        num_dropped: Callable[[], int],
+    ) -> None:
+        self._stats = stats
+        self._labels = {Attribute.STAGE: stage}
+        self.not_ready = not_ready
+        self._metrics = Metrics(service_attributes(service, version=version("stagemesh"), instance=listen))
+        self._metrics.add(stats.step)
+        self._metrics.add(stats.link_time)
+        observe = self._metrics.observe
+        observe(StageMetric.TOKENS, lambda: self._by(stats.tokens, Attribute.PHASE))
+        observe(StageMetric.LANE_ERRORS, lambda: self._by(stats.lanes_failed, Attribute.ERROR_TYPE))
+        observe(StageMetric.LINK_BYTES, self._link_bytes)
+        observe(StageMetric.READY, lambda: self._one(0 if not_ready() else 1))
+        observe(StageMetric.STARTS, lambda: self._one(stats.groups_started))
+        observe(StageMetric.LANES, lambda: self._one(stats.lanes_opened))
+        observe(StageMetric.BLOCKS, lambda: self._one(num_blocks))
+        observe(StageMetric.SPANS_DROPPED, lambda: self._one(num_dropped()))
+
+    def scrape(self) -> bytes:
+        """In Prometheus' text format; called in a thread of the endpoint."""
+        self._stats.settle()
+        return self._metrics.scrape()
+
+    def _one(self, value: float) -> Values:
+        return [(value, self._labels)]
+
+    def _by(self, counts: Mapping[str, int], key: str) -> Values:
+        return [(count, {**self._labels, key: label}) for label, count in list(counts.items())]
+
+    def _link_bytes(self) -> Values:
+        for (link, transport), count in list(self._stats.link_bytes.items()):
+            yield count, {**self._labels, Attribute.LINK: link, Attribute.TRANSPORT: transport}
