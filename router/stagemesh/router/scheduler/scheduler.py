@@ -5,8 +5,8 @@ events, `next_step` its output. It has no clock and does no I/O: events say what
 any clock that does not go back), so the same class runs live, in tests and in virtual time.
 
 A step is formed from what is ready: decoding sequences first (those that waited longest), then prefill
-chunks of running sequences, then new sequences, up to a budget of tokens. A decoding sequence is ready
-while at most `lookahead` of its sampled tokens are unseen here; the stages take the token of the step
+chunks of running sequences, then new sequences, up to a budget of tokens and of time. A decoding sequence is
+ready while at most `lookahead` of its sampled tokens are unseen here; the stages take the token of the step
 that a row names. Everything a stage needs to know is in the order of the steps, so blocks and slots are
 free for others the moment their sequence ends, even with steps of it in flight (rules 4 and 7 of
 docs/architecture.md): whoever gets them computes later.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from dataclasses import dataclass
+from collections import deque
 from heapq import heappop, heappush
 
 import numpy as np
@@ -24,10 +24,13 @@ import numpy.typing as npt
 
 from stagemesh.router.scheduler.blocks import BlockPool
 from stagemesh.router.scheduler.deltas import StepDeltas
-from stagemesh.router.scheduler.prefix_index import block_key
+from stagemesh.router.scheduler.ends import EndTokens
+from stagemesh.router.scheduler.limits import Limits
+from stagemesh.router.scheduler.pace import Pace
 from stagemesh.router.scheduler.request import Finish, Request
+from stagemesh.router.scheduler.running import Running
 from stagemesh.router.scheduler.sequence import Sequence
-from stagemesh.router.scheduler.step import Changes, Step
+from stagemesh.router.scheduler.step import Step
 from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
 
 ROWS_KEPT = 256
@@ -36,30 +39,15 @@ ROWS_KEPT = 256
 PREFILL_PART = 8
 """One in so many positions of a step is kept for prefill that waits."""
 
+SLACK = 0.02
+"""Of its share that a microbatch may be off before its rows are dealt anew."""
+
+ENDS_KEPT = 256
+"""Ends that the pace of the queue is taken from."""
+RETRY_S = (0.1, 60.0)
+"""Shortest and longest hint when to try again."""
+
 Int64 = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a lane has room for, and how it is driven."""
-
-    num_blocks: int
-    block_size: int
-    max_slots: int
-    """Sequences running at once."""
-    max_blocks: int
-    """Of a sequence: the context in blocks."""
-    max_waiting: int
-    step_tokens: int
-    """Positions of a step at most."""
-    num_microbatches: int
-    """Parts the running decodes are dealt into."""
-    depth: int
-    """Unanswered steps at most (D)."""
-    prefix_cache: bool = True
-    """Share KV blocks of equal prefixes."""
-    lookahead: int
-    """Sampled tokens of a sequence that may be unseen when its next step is made."""
 
 
 class Scheduler:
@@ -67,32 +55,17 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.running = Running(limits, self._enqueue)
+        self.pace = Pace(limits)
         self._waiting: list[Sequence] = []
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._end_tokens = EndTokens()
+        self._ended_at: deque[float] = deque(maxlen=ENDS_KEPT)
         self._arrivals = 0
         self._number = 0
         self._in_flight: dict[int, Step] = {}
         self._sampled: dict[int, Int64] = {}
-        self._changes = Changes()
-        self._prefilling: list[Sequence] = []
-        self._yielding: list[Sequence] = []
-        # A column each, indexed by slot.
-        count = limits.max_slots
-        self._free_slots = list(range(count - 1, -1, -1))
-        self._by_slot: list[Sequence | None] = [None] * count
-        self._decoding = np.zeros(count, np.bool_)
-        self._position = np.zeros(count, np.int64)
-        self._end_position = np.zeros(count, np.int64)
-        self._num_blocks = np.zeros(count, np.int64)
-        self._tables = np.zeros((count, limits.max_blocks), np.int64)
-        self._unseen = np.zeros(count, np.int64)
-        self._steps_in_flight = np.zeros(count, np.int64)
-        self._last_step = np.zeros(count, np.int64)
-        self.num_preemptions = 0
-        self.num_prompt_tokens = 0
-        self.num_cached_tokens = 0
 
     # Events
 
@@ -112,7 +85,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests already wait, the limit of the queue; try again later",
                 reason="QUEUE_FULL",
                 request_id=request.request_id,
-                retry_after_s=1.0,
+                retry_after_s=self._retry_after_s(now),
             )
         if request.request_id in self._live:
             raise InvalidArgumentError(
@@ -124,9 +97,11 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence(request, order=self._arrivals, to_prefill=request.prompt)
         self._live[request.request_id] = sequence
+        if request.end_token_ids:
+            self._end_tokens.add(request.end_token_ids)
         if request.deadline < math.inf:
             heappush(self._deadlines, (request.deadline, sequence.order, sequence))
-        insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
+        self._enqueue(sequence)
 
     def abort(self, request_id: str) -> StepDeltas:
         """End a request wherever it is; empty if it is not live. Its blocks are free at once."""
@@ -149,35 +124,44 @@ class Scheduler:
 
     def take_result(self, number: int, token_ids: npt.NDArray[np.uint32], now: float) -> StepDeltas:
         """The tokens of the oldest unanswered step; returns what they mean for the requests."""
-        step = self._in_flight.pop(number, None)
-        sequences = step.sampled_sequences if step else []
-        if step is None or len(sequences) != len(token_ids):
+        step = self._in_flight.get(number)
+        sampled = int(np.count_nonzero(step.sample)) if step else 0
+        if step is None or sampled != len(token_ids):
             raise InvalidArgumentError(
-                f"{len(token_ids)} tokens came for step {number}; expected {len(sequences)}",
-                reason="BAD_RESULT",
+                f"{len(token_ids)} tokens came for step {number}; expected {sampled}", reason="BAD_RESULT"
             )
-        # A sequence leaves its slot for good, or with no step in flight: one that still has a slot has the
-        # one it had in the step. The others' slots are not theirs any more.
-        here = np.array([sequence.slot for sequence in step.sequences], np.int64) == step.slots
-        self._steps_in_flight[step.slots[here]] -= 1
-        self._unseen[step.slots[here & step.sample]] -= 1
-        rows, ends = [], []
-        for row, (sequence, token) in enumerate(zip(sequences, token_ids.tolist(), strict=True)):
-            if sequence.finish is None:
-                sequence.token_ids.append(token)
-                if self.limits.prefix_cache:
-                    self._publish_generated(sequence)
-                rows.append(row)
-                if finish := self._finish_of(sequence, token):
-                    ends.append((sequence, finish))
-        taken = np.empty(len(rows), np.object_)
-        taken[:] = [sequences[row] for row in rows]
-        slots = np.array([sequences[row].slot for row in rows], np.int64)
+        del self._in_flight[number]
+        self.pace.answered(number, now)
+        columns = self.running.slots
+        # Rows of a tenancy that is over are of a sequence that has ended: one that yields waits for its steps.
+        slots, sequences = step.slots, step.sequences
+        here = columns.tenancy[slots] == step.tenancies
+        if not here.all():
+            token_ids = token_ids[here[step.sample]]
+            slots, sequences, sample = slots[here], sequences[here], step.sample[here]
+        else:
+            sample = step.sample
+        columns.steps_in_flight[slots] -= 1
+        if len(token_ids) < len(slots):
+            slots, sequences = slots[sample], sequences[sample]
+        columns.unseen[slots] -= 1
+        columns.append(slots, token_ids, number)
+        left = columns.tokens_left[slots] - 1
+        columns.tokens_left[slots] = left
+        if self.pace.budget.has_target:
+            self.pace.budget.observe(self._intervals(slots, now), now)
+        ends = []
+        for row in np.flatnonzero((left == 0) | self._end_tokens.candidates(token_ids)).tolist():
+            if int(token_ids[row]) in sequences[row].request.end_token_ids:
+                ends.append((sequences[row], Finish.STOP))
+            elif not left[row]:
+                ends.append((sequences[row], Finish.LENGTH))
         for sequence, finish in ends:
             self._finish(sequence, finish)
-        if self._yielding:
-            self._yield_idle()
-        return StepDeltas(sequences=taken, slots=slots, token_ids=token_ids[rows], ends=tuple(ends))
+            self._ended_at.append(now)
+        if self.running.yielding:
+            self.running.yield_idle()
+        return StepDeltas(sequences=sequences, slots=slots, token_ids=token_ids, ends=tuple(ends))
 
     def take_timings(self, stage: int, numbers: Int64, times_ns: Int64) -> None:
         """Where the time of some steps went on a stage, as it reported.
@@ -186,27 +170,52 @@ class Scheduler:
             stage: Its place in the lane, from 0.
             numbers: [n] steps.
             times_ns: [n, 6] when each reached the stage, on the stage's clock, and what it took there: the
-                TIMES of `cost_model`.
+                columns that `pipeline` names.
         """
+        self.pace.reported(stage, numbers, times_ns)
 
     # Output
 
     def next_step(self, now: float) -> Step | None:
         """The next step, if there is work that may be sent now."""
-        if len(self._in_flight) >= self.limits.depth:
+        if len(self._in_flight) >= self.pace.max_in_flight:
             return None
-        yielded = self.num_preemptions
+        yielded = self.running.num_preemptions
         decodes = self._pick_decodes()
-        prefills = self._pick_prefills(self.limits.step_tokens - len(decodes))
+        prefills = self._pick_prefills(decodes) if self._prefill_waits else []
         # To find blocks for one, another that was already picked may have been asked to yield.
-        decodes = decodes[self._decoding[decodes]]
-        prefills = [(one, count) for one, count in prefills if one.slot >= 0 and one not in self._yielding]
+        if self.running.yielding or self.running.num_preemptions > yielded:
+            decodes = decodes[self.running.slots.decoding[decodes]]
+            yielding = self.running.yielding
+            prefills = [
+                (one, count) for one, count in prefills if one.slot >= 0 and one.order not in yielding
+            ]
         if not len(decodes) and not prefills:
             # Whoever was picked has just yielded: what it gave up makes work for others.
-            return self.next_step(now) if self.num_preemptions > yielded else None
+            return self.next_step(now) if self.running.num_preemptions > yielded else None
         step = self._make_step(self._number + 1, decodes, prefills)
-        self._commit(step)
+        self._commit(step, now)
         return step
+
+    @property
+    def pool(self) -> BlockPool:
+        """KV blocks of the lane."""
+        return self.running.pool
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that gave up their blocks and were computed again."""
+        return self.running.num_preemptions
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all requests admitted so far."""
+        return self.running.num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of those, found in the prefix cache."""
+        return self.running.num_cached_tokens
 
     @property
     def num_in_flight(self) -> int:
@@ -229,6 +238,11 @@ class Scheduler:
         return len(self._live) - len(self._waiting)
 
     @property
+    def backlog(self) -> int:
+        """Positions of prompts still to compute, of waiting and running requests."""
+        return self.running.backlog
+
+    @property
     def live(self) -> list[Sequence]:
         """Every request that has not ended, oldest first."""
         return sorted(self._live.values(), key=lambda sequence: sequence.order)
@@ -239,274 +253,211 @@ class Scheduler:
 
     # Decodes
 
+    @property
+    def _prefill_waits(self) -> bool:
+        return bool(self.running.prefilling or (self._waiting and self.running.slots.free))
+
     def _pick_decodes(self) -> Int64:
-        ready = np.flatnonzero(
-            self._decoding & (self._unseen <= self.limits.lookahead) & (self._position < self._end_position)
-        )
-        share = -(-int(np.count_nonzero(self._decoding)) // self.limits.num_microbatches)
+        columns = self.running.slots
+        unfinished = columns.decoding & (columns.position < columns.end_position)
+        total = np.flatnonzero(unfinished)
+        self.pace.running(len(total), int(columns.position[total].sum()) if self._number % 16 == 0 else None)
+        ready = total[columns.unseen[total] <= self.limits.lookahead]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
-        prefill_waits = self._prefilling or (self._waiting and self._free_slots)
-        share = min(
-            share, self.limits.step_tokens - (self.limits.step_tokens // PREFILL_PART if prefill_waits else 0)
-        )
-        if len(ready) > share:
-            longest_waiting = np.argsort(self._last_step[ready], kind="stable")[:share]
-            ready = np.sort(ready[longest_waiting])
-        full = ready[self._position[ready] == self._num_blocks[ready] * self.limits.block_size]
+        kept = self.limits.step_tokens // PREFILL_PART if self._prefill_waits else 0
+        most = max(self.limits.step_tokens - kept, 1)
+        if len(ready):
+            ready = self._share(ready, total, most)
+        full = ready[columns.position[ready] == columns.num_blocks[ready] * self.limits.block_size]
         if not len(full):
             return ready
         if len(full) <= self.pool.num_free:
-            self._grow_all(full)
+            self.running.grow_all(full)
             return ready
         # To find a block for one, another may yield, also one looked at before: ask who is left at the end.
-        grown = [slot for slot in full.tolist() if (one := self._by_slot[slot]) and self._grow(one)]
+        grown = [
+            slot
+            for slot in full.tolist()
+            if (one := columns.sequences[slot]) is not None and self.running.grow(one)
+        ]
         left_out = np.setdiff1d(full, grown)
-        return ready[self._decoding[ready] & ~np.isin(ready, left_out)]
+        return ready[columns.decoding[ready] & ~np.isin(ready, left_out)]
 
-    def _grow_all(self, slots: Int64) -> None:
-        """One more block for each of these decoding sequences."""
-        have = self._num_blocks[slots]
-        blocks = self.pool.take_next(self._tables[slots, have - 1])
-        self._tables[slots, have] = blocks
-        self._num_blocks[slots] += 1
-        self._changes.appended.append((slots, blocks))
+    def _share(self, ready: Int64, total: Int64, most: int) -> Int64:
+        """Of the ready ones, one microbatch's share, by cost: those that waited longest.
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more block for a decoding sequence; if there is none, somebody yields, it itself perhaps."""
-        if not self.pool.num_free and not self._yielding:
-            self._ask_to_yield(self._victim())
-        if sequence.slot < 0 or not self._decoding[sequence.slot] or not self.pool.num_free:
-            return False
-        self._append(sequence, 1)
-        return True
+        Rows that ran together go on together if they are about a share. A row whose token is still on its way
+        and that ran later would make the others wait for it, so it is taken only to fill a small step.
+        """
+        columns, pace = self.running.slots, self.pace
+        if pace.num_microbatches == 1 and len(ready) <= most:
+            return ready
+        last = columns.last_step[ready]
+        order = np.argsort(last, kind="stable")
+        ready, last = ready[order], last[order]
+        weights = pace.row_weights(columns.position[ready])
+        sums = np.cumsum(weights)
+        share = pace.share(columns.position[total])
+        slack = max(SLACK * share, float(weights[0]))
+        together = int(np.searchsorted(last, last[0], side="right"))
+        if abs(sums[together - 1] - share) <= slack:
+            count = together
+        else:
+            count = max(int(np.searchsorted(sums, share + weights[0] / 2, side="right")), 1)
+            if count > together:
+                free = (last == last[0]) | (columns.unseen[ready] == 0)
+                num_free = len(free) if free.all() else int(free.argmin())
+                if count > num_free and sums[num_free - 1] >= share / 2:
+                    count = num_free
+        return np.sort(ready[: min(count, most)])
 
     # Prefill
 
-    def _pick_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
-        """(sequence, positions) of the chunks that fit."""
+    def _pick_prefills(self, decodes: Int64) -> list[tuple[Sequence, int]]:
+        """(sequence, positions) of the chunks that fit beside the decodes."""
+        running = self.running
+        tokens = self.limits.step_tokens - len(decodes)
+        context = int(running.slots.position[decodes].sum()) + len(decodes)
+        allowance = self.pace.allowance(len(decodes), context, running.backlog)
         chunks: list[tuple[Sequence, int]] = []
-        for sequence in list(self._prefilling):
-            if budget <= 0:
-                return chunks
-            # A chunk for one may have made a younger one yield.
-            count = self._chunk(sequence, budget) if sequence.slot >= 0 else 0
+
+        def take(sequence: Sequence) -> int:
+            nonlocal tokens
+            position = int(running.slots.position[sequence.slot])
+            most = min(tokens, allowance.most(position, len(sequence.to_prefill) - position))
+            count = running.chunk(sequence, most) if most > 0 else 0
             if count:
                 chunks.append((sequence, count))
-                budget -= count
-        while budget > 0 and self._waiting and self._free_slots and not self._yielding:
+                allowance.spend(position, count)
+                tokens -= count
+            return count
+
+        for sequence in list(running.prefilling.values()):
+            if tokens <= 0:
+                return chunks
+            # A chunk for one may have made a younger one yield.
+            if sequence.slot >= 0 and sequence.order in running.prefilling:
+                take(sequence)
+        while tokens > 0 and self._waiting and running.slots.free and not running.yielding:
             sequence = self._waiting[0]
             # Room for the whole of its prompt, lest it start only to yield.
-            if (
-                -(-(len(sequence.to_prefill) + 1) // self.limits.block_size) > self.pool.num_free
-                and self.num_running
+            needed = -(-(len(sequence.to_prefill) + 1) // self.limits.block_size)
+            if (needed > self.pool.num_free and self.num_running) or not allowance.most(
+                0, len(sequence.to_prefill)
             ):
                 break
-            self._admit(self._waiting.pop(0))
-            count = self._chunk(sequence, budget)
-            if not count:
+            del self._waiting[0]
+            running.admit(sequence)
+            if not take(sequence):
                 break
-            chunks.append((sequence, count))
-            budget -= count
         return chunks
-
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """Positions of its next chunk, with blocks for them; 0 if there are no blocks now."""
-        position = int(self._position[sequence.slot])
-        count = min(len(sequence.to_prefill) - position, budget)
-        size = self.limits.block_size
-        have = int(self._num_blocks[sequence.slot])
-        room = have * size - position
-        if (
-            not room
-            and not self.pool.num_free
-            and not self._yielding
-            and (victim := self._victim()) is not sequence
-        ):
-            self._ask_to_yield(victim)
-        count = min(count, room + self.pool.num_free * size)
-        needed = -(-(position + count) // size) - have
-        if needed > 0:
-            self._append(sequence, needed)
-        return count
-
-    def _admit(self, sequence: Sequence) -> None:
-        slot = self._free_slots.pop()
-        sequence.slot = slot
-        self._by_slot[slot] = sequence
-        self._decoding[slot] = False
-        self._end_position[slot] = sequence.request.num_positions
-        self._num_blocks[slot] = 0
-        self._unseen[slot] = 0
-        self._steps_in_flight[slot] = 0
-        self._last_step[slot] = 0
-        self._share_prefix(sequence)
-        self._position[slot] = sequence.first_position
-        sequence.claim = self.pool.claim(self._claim_room(sequence))
-        self._prefilling.append(sequence)
-        self._changes.admitted.append(sequence)
-
-    def _share_prefix(self, sequence: Sequence) -> None:
-        """Give it the blocks that already hold the beginning of what it would compute."""
-        blocks, sequence.keys = self.pool.match(sequence.to_prefill) if self.limits.prefix_cache else ([], [])
-        sequence.first_position = len(blocks) * self.limits.block_size
-        if blocks:
-            shared = np.array(blocks, np.int64)
-            self.pool.share(shared)
-            self._tables[sequence.slot, : len(blocks)] = shared
-            self._num_blocks[sequence.slot] = len(blocks)
-            self._changes.appended.append((np.full(len(blocks), sequence.slot), shared))
-        if not sequence.num_preemptions:
-            sequence.num_cached = sequence.first_position
-            self.num_prompt_tokens += len(sequence.to_prefill)
-            self.num_cached_tokens += sequence.first_position
-
-    def _publish(self, sequence: Sequence, known: npt.NDArray[np.uint32], num_computed: int) -> None:
-        """Make its full blocks known: those whose tokens are `known` and computed by steps already made."""
-        size = self.limits.block_size
-        table = self._tables[sequence.slot]
-        for index in range(len(sequence.keys), min(num_computed, len(known)) // size):
-            parent = sequence.keys[-1] if index else b""
-            sequence.keys.append(block_key(parent, known[index * size : (index + 1) * size]))
-            self.pool.publish(sequence.keys[-1], int(table[index]))
-
-    def _append(self, sequence: Sequence, count: int) -> None:
-        slot = sequence.slot
-        have = int(self._num_blocks[slot])
-        owned = have - sequence.first_position // self.limits.block_size
-        first = int(self._tables[slot, have - 1]) + 1 if owned else sequence.claim
-        blocks = self.pool.take(count, first)
-        self._tables[slot, have : have + count] = blocks
-        self._num_blocks[slot] = have + count
-        self._changes.appended.append((np.full(count, slot), blocks))
-
-    def _claim_room(self, sequence: Sequence) -> int:
-        return -(-sequence.request.num_positions // self.limits.block_size)
 
     # Steps
 
     def _make_step(self, number: int, decodes: Int64, prefills: list[tuple[Sequence, int]]) -> Step:
-        inputs = self._last_step[decodes]
-        tokens, ends = [], []
-        for sequence, count in prefills:
-            position = int(self._position[sequence.slot])
-            tokens.append(sequence.to_prefill[position : position + count])
-            ends.append(position + count == len(sequence.to_prefill))
-        same_rows_as = 0
-        if len(decodes) and not prefills:
+        columns = self.running.slots
+        inputs = columns.last_step[decodes]
+        if not prefills:
+            same_rows_as = 0
             candidate = int(inputs[0])
             earlier = self._sampled.get(candidate)
-            if earlier is not None and (inputs == candidate).all() and np.array_equal(earlier, decodes):
+            if (
+                earlier is not None
+                and len(earlier) == len(decodes)
+                and (inputs == candidate).all()
+                and (earlier == decodes).all()
+            ):
                 same_rows_as = candidate
-        changes, self._changes = self._changes, Changes()
+            return Step(
+                number=number,
+                changes=self.running.take_changes(),
+                slots=decodes,
+                counts=np.ones(len(decodes), np.int64),
+                input_steps=inputs.astype(np.uint64),
+                tokens=[],
+                sample=np.ones(len(decodes), np.bool_),
+                sequences=columns.sequences[decodes],
+                tenancies=columns.tenancy[decodes],
+                num_decodes=len(decodes),
+                same_rows_as=same_rows_as,
+            )
+        tokens, ends = [], []
+        for sequence, count in prefills:
+            position = int(columns.position[sequence.slot])
+            tokens.append(sequence.to_prefill[position : position + count])
+            ends.append(position + count == len(sequence.to_prefill))
+        slots = np.r_[decodes, np.array([sequence.slot for sequence, _ in prefills], np.int64)]
         return Step(
             number=number,
-            changes=changes,
-            slots=np.r_[decodes, np.array([sequence.slot for sequence, _ in prefills], np.int64)],
+            changes=self.running.take_changes(),
+            slots=slots,
             counts=np.r_[
                 np.ones(len(decodes), np.int64), np.array([count for _, count in prefills], np.int64)
             ],
             input_steps=np.r_[inputs, np.zeros(len(prefills), np.int64)].astype(np.uint64),
             tokens=tokens,
             sample=np.r_[np.ones(len(decodes), np.bool_), np.array(ends, np.bool_)],
-            sequences=[
-                *(self._running(slot) for slot in decodes.tolist()),
-                *(sequence for sequence, _ in prefills),
-            ],
-            same_rows_as=same_rows_as,
+            sequences=columns.sequences[slots],
+            tenancies=columns.tenancy[slots],
+            num_decodes=len(decodes),
         )
 
-    def _commit(self, step: Step) -> None:
+    def _commit(self, step: Step, now: float) -> None:
         """The step will be sent: every column moves on as if it had run."""
-        slots, sampled = step.slots, step.slots[step.sample]
+        columns, slots, decodes = self.running.slots, step.slots, step.num_decodes
+        sampled = slots[step.sample] if step.tokens else slots
         self._number = step.number
         self._in_flight[step.number] = step
         self._sampled[step.number] = sampled
         self._sampled.pop(step.number - ROWS_KEPT, None)
-        self._position[slots] += step.counts
-        self._steps_in_flight[slots] += 1
-        self._unseen[sampled] += 1
-        self._last_step[sampled] = step.number
-        self._decoding[sampled] = True
-        for sequence in step.sequences[: step.num_decodes]:
-            sequence.decode_steps.append(step.number)
-        for sequence in step.sequences[step.num_decodes :]:
+        starts = columns.position[slots]
+        columns.position[slots] = starts + step.counts
+        columns.steps_in_flight[slots] += 1
+        columns.unseen[sampled] += 1
+        columns.last_step[sampled] = step.number
+        self.pace.sent(
+            step.number,
+            decodes,
+            int(starts[:decodes].sum()) + decodes,
+            starts[decodes:],
+            step.counts[decodes:],
+            int(step.input_steps.max()) if decodes else 0,
+            now,
+        )
+        for sequence in step.sequences[decodes:]:
             sequence.prefill_steps.append(step.number)
-        if step.tokens:
             if self.limits.prefix_cache:
-                for sequence in step.sequences[step.num_decodes :]:
-                    self._publish(sequence, sequence.to_prefill, int(self._position[sequence.slot]))
-            self._prefilling = [
-                sequence for sequence in self._prefilling if not self._decoding[sequence.slot]
-            ]
+                self.running.publish(sequence, sequence.to_prefill)
+        if step.tokens:
+            columns.decoding[sampled] = True
+            self.running.backlog -= int(step.counts[decodes:].sum())
+            for sequence in step.sequences[decodes:][step.sample[decodes:]]:
+                self.running.prefilling.pop(sequence.order, None)
 
-    def _publish_generated(self, sequence: Sequence) -> None:
-        """Once a block of generated tokens has come back whole."""
-        length = len(sequence.request.prompt) + len(sequence.token_ids)
-        if length % self.limits.block_size == 0 and sequence.slot >= 0:
-            generated = np.array(sequence.token_ids, np.uint32)
-            known = np.concatenate((sequence.request.prompt, generated))
-            self._publish(sequence, known, int(self._position[sequence.slot]))
+    def _intervals(self, slots: Int64, now: float) -> npt.NDArray[np.float64]:
+        """Seconds since the last token of each, of those that had one."""
+        before = self.running.slots.last_token_at[slots]
+        self.running.slots.last_token_at[slots] = now
+        return now - before[before > 0]
 
-    def _finish_of(self, sequence: Sequence, token: int) -> Finish | None:
-        """Whether that token, its newest, ends it."""
-        if token in sequence.request.end_token_ids:
-            return Finish.STOP
-        return Finish.LENGTH if len(sequence.token_ids) >= sequence.request.max_tokens else None
+    # Coming and leaving
 
-    # Leaving
+    def _enqueue(self, sequence: Sequence) -> None:
+        self.running.backlog += len(sequence.to_prefill)
+        insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
         del self._live[sequence.request.request_id]
         if sequence.slot >= 0:
-            self._vacate(sequence)
+            self.running.vacate(sequence)
         else:
+            self.running.backlog -= len(sequence.to_prefill)
             self._waiting.remove(sequence)
 
-    def _vacate(self, sequence: Sequence) -> None:
-        """Its slot and blocks are free; the stages hear of it in the next step."""
-        slot = sequence.slot
-        self.pool.give_back(self._tables[slot, : self._num_blocks[slot]])
-        self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
-        self._decoding[slot] = False
-        self._by_slot[slot] = None
-        self._free_slots.append(slot)
-        sequence.slot = -1
-        if sequence in self._changes.admitted:  # the stages have not heard of it yet
-            self._changes.admitted.remove(sequence)
-        self._changes.appended = [
-            (slots[slots != slot], blocks[slots != slot]) for slots, blocks in self._changes.appended
-        ]
-        self._changes.released.append(slot)
-        for group in (self._prefilling, self._yielding):
-            if sequence in group:
-                group.remove(sequence)
-
-    # Preemption
-
-    def _victim(self) -> Sequence:
-        """Who yields: the lowest priority, and of those the youngest."""
-        running = [sequence for sequence in self._by_slot if sequence is not None]
-        return max(running, key=lambda sequence: sequence.waits_before)
-
-    def _ask_to_yield(self, sequence: Sequence) -> None:
-        """It takes no further step, and leaves when none of its steps is in flight (rule 3)."""
-        self._decoding[sequence.slot] = False
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        self._yielding.append(sequence)
-        self._yield_idle()
-
-    def _yield_idle(self) -> None:
-        for sequence in [one for one in self._yielding if self._steps_in_flight[one.slot] == 0]:
-            self._vacate(sequence)
-            generated = np.array(sequence.token_ids, np.uint32)
-            sequence.to_prefill = np.concatenate((sequence.request.prompt, generated))
-            sequence.num_preemptions += 1
-            self.num_preemptions += 1
-            insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
-
-    def _running(self, slot: int) -> Sequence:
-        sequence = self._by_slot[slot]
-        assert sequence is not None
-        return sequence
+    def _retry_after_s(self, now: float) -> float:
+        """Until about a tenth of the queue has got on, at the pace at which requests ended lately."""
+        if len(self._ended_at) < 2 or now <= self._ended_at[0]:
+            return 1.0
+        pace = len(self._ended_at) / (now - self._ended_at[0])
+        return min(max(len(self._waiting) / 10 / pace, RETRY_S[0]), RETRY_S[1])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from stagemesh.router.scheduler.request import Finish, Request
+
+TOKENS_KEPT = 64
+"""Generated tokens of a running sequence that are kept in columns, before they are put away."""
+
+Tokens = npt.NDArray[np.uint32]
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False)
@@ -25,19 +32,40 @@ class Sequence:
     """Of its leading blocks that are published or shared."""
     num_cached: int = 0
     """Prompt tokens it did not have to compute when it was first admitted."""
-    token_ids: list[int] = field(default_factory=list)
-    """Generated and seen by the router."""
     claim: int = -1
     """First block of the run it claimed; -1 if it has none."""
-    to_prefill: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    to_prefill: Tokens = field(default_factory=lambda: np.zeros(0, np.uint32))
     """Tokens to compute before it decodes: the prompt, and after a preemption what was generated."""
     finish: Finish | None = None
     num_preemptions: int = 0
     prefill_steps: list[int] = field(default_factory=list)
-    decode_steps: list[int] = field(default_factory=list)
-    """Numbers of the steps that computed it, for its trace."""
+    """Numbers of the steps that computed chunks of it, for its trace."""
+    chunks: list[tuple[Tokens, Int64]] = field(default_factory=list)
+    """Generated tokens that were put away, and the steps that sampled them."""
+    buffer: Callable[[], tuple[Tokens, Int64]] | None = None
+    """The same of those still in the columns of its slot."""
 
     @property
     def waits_before(self) -> tuple[int, int]:
         """Sort key of the waiting queue: priority, then arrival."""
         return (-self.request.priority, self.order)
+
+    @property
+    def token_ids(self) -> Tokens:
+        """Generated and seen by the router."""
+        return np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _ in self._parts())])
+
+    @property
+    def num_generated(self) -> int:
+        """Of `token_ids`."""
+        return sum(len(tokens) for tokens, _ in self._parts())
+
+    @property
+    def decode_steps(self) -> Int64:
+        """Numbers of the steps that decoded it, for its trace: those whose token has come back."""
+        steps = np.concatenate([np.zeros(0, np.int64), *(steps for _, steps in self._parts())])
+        decodes: Int64 = steps[~np.isin(steps, self.prefill_steps)]
+        return decodes
+
+    def _parts(self) -> list[tuple[Tokens, Int64]]:
+        return [*self.chunks, self.buffer()] if self.buffer else self.chunks

@@ -38,27 +38,24 @@ class Step:
     tokens: list[npt.NDArray[np.uint32]]
     """Of the rows with input step 0."""
     sample: npt.NDArray[np.bool_]
-    sequences: list[Sequence]
-    """Who each row belongs to. The result finds its sequences here, never by slot."""
+    sequences: npt.NDArray[np.object_]
+    """Who each row belongs to: `Sequence`s. The result finds its sequences here, never by slot."""
+    tenancies: Int64
+    """Whose slot it was when the step was made: a row is its slot's only while these agree."""
+    num_decodes: int
+    """Rows whose input comes from an earlier step."""
     same_rows_as: int = 0
     """Above 0: the rows are those that step sampled."""
 
     @property
-    def sampled_sequences(self) -> list[Sequence]:
+    def sampled_sequences(self) -> npt.NDArray[np.object_]:
         """Of the sampled rows, in row order."""
-        if self.sample.all():
-            return self.sequences
-        return [self.sequences[row] for row in np.flatnonzero(self.sample)]
+        return self.sequences[self.sample]
 
     @property
     def num_tokens(self) -> int:
         """Positions computed."""
         return int(self.counts.sum())
-
-    @property
-    def num_decodes(self) -> int:
-        """Rows whose input comes from an earlier step."""
-        return int((self.input_steps > 0).sum())
 
 
 def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:

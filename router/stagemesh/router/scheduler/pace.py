@@ -1,0 +1,220 @@
+"""How many steps a lane keeps in flight, and how large: by what steps have cost so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stagemesh.router.scheduler.cost_model import CostModel, shape_of
+from stagemesh.router.scheduler.limits import Limits
+from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
+from stagemesh.router.scheduler.prefill_budget import PrefillBudget
+
+CHOICE_STEPS = 32
+"""Steps after which the number in flight is looked at again."""
+PREFILL_PART = 8
+"""One in so many positions of a full step is prefill's, however little time is left for it."""
+CONSTANT_SHARE = 0.1
+"""Of a step's constant time that rows answer for when steps are balanced: rows that cost next to nothing are
+dealt by number then."""
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineState:
+    """What the lane's pipeline does, as far as the router knows it."""
+
+    num_microbatches: int
+    """Steps of decodes in flight (M)."""
+    max_in_flight: int
+    """Unanswered steps at most, now."""
+    step_s: tuple[float, ...]
+    """[stages] predicted, of a step of decodes; empty while too little is known."""
+    limiting_stage: int
+    """The one whose steps take longest."""
+    cycle_s: float
+    """Predicted between two tokens of a sequence; 0 while too little is known."""
+    bubble_shares: tuple[float, ...]
+    """[stages] of the time with work in flight, lately: in which the stage had none."""
+    ring_s: float
+    """Hops once round the stages, without the stages."""
+    trip_s: float
+    """Hops from the router through the stages and back."""
+    itl_p95_s: float
+    """Measured over the window of the target; 0 without a target."""
+
+
+class Allowance:
+    """What is left of one step for prefill."""
+
+    def __init__(self, costs: CostModel, left_s: Float64 | None, floor: int, enough: int) -> None:
+        self._costs = costs
+        self._left_s = left_s
+        self._floor = floor
+        self._enough = enough
+        self._spent = False
+
+    def most(self, start: int, remaining: int) -> int:
+        """Positions that the next chunk may have.
+
+        Args:
+            start: Where it begins in its sequence.
+            remaining: Positions of its prompt from there on.
+        """
+        if self._left_s is None:
+            return remaining
+        fitting = self._costs.positions_within(self._left_s, start)
+        if not self._spent:
+            return min(max(fitting, self._floor), remaining)
+        # A few positions more are not worth a chunk with all the context behind it.
+        return min(fitting, remaining) if fitting >= min(remaining, self._enough) else 0
+
+    def spend(self, start: int, count: int) -> None:
+        """A chunk was taken."""
+        self._spent = True
+        if self._left_s is not None:
+            self._left_s = np.maximum(self._left_s - self._costs.chunk_seconds(start, count), 0.0)
+
+
+class Pace:
+    """Learns what steps cost, and chooses how many are in flight and what each may cost.
+
+    Args:
+        limits: Of the lane.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.costs = CostModel(limits.num_stages)
+        self.times = PipelineTimes(limits.num_stages)
+        self.budget = PrefillBudget(limits.step_tokens, limits.itl_target_s)
+        self.num_microbatches = limits.num_microbatches
+        self.max_in_flight = limits.depth
+        if limits.max_microbatches:
+            self.max_in_flight = self._in_flight(0)
+        self._hops = Hops()
+        self._num_rows = 0
+        self._context = 0
+        self._ratio = 0.0
+        """What a KV cell weighs against a row."""
+
+    # What happens
+
+    def sent(
+        self,
+        number: int,
+        rows: int,
+        context: int,
+        starts: Int64,
+        counts: Int64,
+        newest_input: int,
+        now: float,
+    ) -> None:
+        """A step was made."""
+        self.times.sent(number, shape_of(rows, context, starts, counts), newest_input, now)
+        if number % CHOICE_STEPS == 0:
+            self._choose()
+
+    def answered(self, number: int, now: float) -> None:
+        """Its result came."""
+        self.times.answered(number, now)
+
+    def reported(self, stage: int, numbers: Int64, times_ns: Int64) -> None:
+        """A stage said where the time of some steps went."""
+        self.costs.observe(stage, *self.times.reported(stage, numbers, times_ns))
+
+    def running(self, num_rows: int, context: int | None) -> None:
+        """How many sequences decode, and, now and then, the KV cells that they read in all."""
+        self._num_rows = num_rows
+        if context is not None:
+            self._context = context
+
+    # What follows
+
+    def row_weights(self, positions: Int64) -> Float64:
+        """[rows] what each costs, in terms of one without context."""
+        weights: Float64 = 1.0 + np.multiply(self._ratio, positions, dtype=np.float64)
+        return weights
+
+    def share(self, positions: Int64) -> float:
+        """What one of the microbatches should weigh if these are all rows that decode."""
+        return (len(positions) + self._ratio * float(positions.sum())) / self.num_microbatches
+
+    def allowance(self, rows: int, context: int, backlog: int) -> Allowance:
+        """What a step with these decodes may carry of prefill.
+
+        Args:
+            rows: That decode in it.
+            context: KV cells they read.
+            backlog: Prompt positions that wait.
+        """
+        floor = self._limits.step_tokens // PREFILL_PART
+        if self.budget.has_target:
+            floor = min(floor, self._limits.block_size)
+        if not self._num_rows or not self.costs.ready:
+            return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
+        usual_s = self.costs.predict(self._shape(self.num_microbatches))
+        waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
+        allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, backlog)
+        none = np.zeros(0, np.int64)
+        left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
+        return Allowance(self.costs, left_s, max(floor, 1), self._limits.block_size)
+
+    def state(self) -> PipelineState:
+        """For people."""
+        known = self.costs.ready
+        step_s = self.costs.predict(self._shape(self.num_microbatches)) if known else np.zeros(0)
+        bubbles = self.times.bubble_shares()
+        hops = self.times.hops()
+        return PipelineState(
+            num_microbatches=self.num_microbatches,
+            max_in_flight=self.max_in_flight,
+            step_s=tuple(step_s.tolist()),
+            limiting_stage=int(step_s.argmax()) if known else 0,
+            cycle_s=cycle_s(step_s, self.num_microbatches, hops, self._limits.lookahead) if known else 0.0,
+            bubble_shares=tuple(bubbles.tolist()),
+            ring_s=hops.ring,
+            trip_s=hops.trip,
+            itl_p95_s=self.budget.p95_s(),
+        )
+
+    def _choose(self) -> None:
+        """Look again at how many steps should be in flight."""
+        if not self.costs.ready:
+            return
+        self._hops = self.times.hops()
+        if self._limits.max_microbatches and self._num_rows:
+            shapes = np.stack([self._shape(m) for m in range(1, self._limits.max_microbatches + 1)])
+            step_s = self.costs.predict(shapes)
+            self.num_microbatches = choose_num_steps(
+                step_s, self.num_microbatches, self._hops, self._limits.lookahead
+            )
+            chosen_s = step_s[self.num_microbatches - 1]
+            cycle = cycle_s(chosen_s, self.num_microbatches, self._hops, self._limits.lookahead)
+            through = float(chosen_s.sum()) + self._hops.trip
+            self.max_in_flight = self._in_flight(math.ceil(through / cycle * self.num_microbatches))
+        usual_s = self.costs.predict(self._shape(self.num_microbatches))
+        constant, row, _, cell, _ = self.costs.coefficients[int(usual_s.argmax())]
+        row += CONSTANT_SHARE * constant * self.num_microbatches / max(self._num_rows, 1)
+        self._ratio = float(cell / row) if row > 0 else 0.0
+
+    def _in_flight(self, on_the_way: int) -> int:
+        """Unanswered steps to allow if `on_the_way` cover the way through the stages and back: one more lies
+        ready at the first stage."""
+        wanted = (
+            max(self.num_microbatches, on_the_way) + 1 if self._limits.lookahead else self.num_microbatches
+        )
+        return min(wanted, self._limits.depth)
+
+    def _shape(self, num_steps: int) -> Float64:
+        """[terms] of a step, if so many share what runs and the prefill that runs beside it."""
+        shape = self.times.recent_shape() * (self.num_microbatches / num_steps)
+        shape[0] = 1.0
+        shape[1] = max(self._num_rows / num_steps, 1.0)
+        shape[3] = self._context / num_steps
+        return shape

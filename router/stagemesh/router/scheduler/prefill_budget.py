@@ -1,0 +1,86 @@
+"""How much prefill a step may carry beside its decodes.
+
+A step with a chunk of a prompt should cost little more than one without, or streams would stutter and steps in
+flight would wait for each other. The more prefill waits, the more a step may take of it. An inter-token
+target, if there is one, bounds what a step may cost; what is measured corrects what was predicted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+
+STRETCH = 0.5
+"""A step may cost so much more than its decodes, ..."""
+BACKLOG_STEPS = 8
+"""... and once more than its decodes for every so many full steps of prefill that wait."""
+WINDOW_S = 10.0
+"""Of the inter-token times that the target is held over."""
+CONTROL_S = 1.0
+"""Between two corrections, each by the last CONTROL_S alone: the whole window would answer too late."""
+ROWS_SAMPLED = 32
+"""Inter-token times kept of a step; its rows differ little."""
+PERCENTILE = 95
+
+
+class PrefillBudget:
+    """Decides what a step may cost.
+
+    Args:
+        step_tokens: Positions of a step at most.
+        itl_target_s: Inter-token time that 95% should keep within; 0: no target.
+    """
+
+    def __init__(self, step_tokens: int, itl_target_s: float) -> None:
+        self._step_tokens = step_tokens
+        self._target_s = itl_target_s
+        self._factor = 1.0
+        self._recent: deque[tuple[float, Float64]] = deque()
+        self._corrected_at = 0.0
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is an inter-token target to hold."""
+        return self._target_s > 0
+
+    def observe(self, intervals_s: Float64, now: float) -> None:
+        """[rows] seconds since each row's last token."""
+        stride = -(-len(intervals_s) // ROWS_SAMPLED)
+        if stride:
+            self._recent.append((now, intervals_s[::stride].copy()))
+        while self._recent and self._recent[0][0] < now - WINDOW_S:
+            self._recent.popleft()
+        if now - self._corrected_at >= CONTROL_S:
+            self._correct(now)
+
+    def p95_s(self, since: float = 0.0) -> float:
+        """Of the inter-token times of the window, or of those after `since`; 0 if there are none."""
+        values = [part for at, part in self._recent if at >= since]
+        return float(np.percentile(np.concatenate(values), PERCENTILE)) if values else 0.0
+
+    def step_s(self, decode_s: Float64, num_steps: float, ring_s: float, backlog: int) -> float:
+        """Seconds that a step may take of any stage.
+
+        Args:
+            decode_s: [stages] of a step of decodes alone.
+            num_steps: That a token waits for: steps in flight, or stages it passes, in terms of the slowest.
+            ring_s: Hops once round.
+            backlog: Prompt positions that wait.
+        """
+        slowest = float(decode_s.max())
+        allowed = slowest * (1 + STRETCH + backlog / (BACKLOG_STEPS * self._step_tokens))
+        if self.has_target:
+            allowed = min(allowed, self._factor * max(self._target_s - ring_s, 0.0) / num_steps)
+        return allowed
+
+    def _correct(self, now: float) -> None:
+        measured = self.p95_s(now - CONTROL_S)
+        self._corrected_at = now
+        if measured > 0.95 * self._target_s:
+            self._factor = max(0.05, self._factor * max(0.7, 0.9 * self._target_s / measured))
+        elif measured < 0.8 * self._target_s:
+            self._factor = min(2.0, self._factor * 1.05)

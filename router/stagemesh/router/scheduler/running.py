@@ -1,0 +1,188 @@
+"""The sequences that have a slot: their KV blocks, and what the stages must be told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from stagemesh.router.scheduler.blocks import BlockPool
+from stagemesh.router.scheduler.limits import Limits
+from stagemesh.router.scheduler.prefix_index import block_key
+from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.scheduler.slots import SlotColumns
+from stagemesh.router.scheduler.step import Changes
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Running:
+    """Slots and blocks of one lane.
+
+    Args:
+        limits: Of the lane.
+        on_yielded: Called with a sequence that gave up its slot and is to be computed again.
+    """
+
+    def __init__(self, limits: Limits, on_yielded: Callable[[Sequence], None]) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.slots = SlotColumns(limits.max_slots, limits.max_blocks)
+        self.changes = Changes()
+        # By order of arrival; a dict, since many enter and leave.
+        self.prefilling: dict[int, Sequence] = {}
+        self.yielding: dict[int, Sequence] = {}
+        self.backlog = 0
+        """Positions of prompts to compute, of those that run and those that wait."""
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self._on_yielded = on_yielded
+
+    def take_changes(self) -> Changes:
+        """What has changed since the last step; the stages hear of it in the next."""
+        changes, self.changes = self.changes, Changes()
+        return changes
+
+    # Coming
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give it a slot, and the blocks that already hold its beginning."""
+        self.slots.admit(sequence)
+        self._share_prefix(sequence)
+        self.slots.position[sequence.slot] = sequence.first_position
+        self.backlog -= sequence.first_position
+        if self.limits.consecutive_blocks:
+            sequence.claim = self.pool.claim(self._claim_room(sequence))
+        self.prefilling[sequence.order] = sequence
+        self.changes.admitted.append(sequence)
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        blocks, sequence.keys = self.pool.match(sequence.to_prefill) if self.limits.prefix_cache else ([], [])
+        sequence.first_position = len(blocks) * self.limits.block_size
+        if blocks:
+            shared = np.array(blocks, np.int64)
+            self.pool.share(shared)
+            self.slots.tables[sequence.slot, : len(blocks)] = shared
+            self.slots.num_blocks[sequence.slot] = len(blocks)
+            self.changes.appended.append((np.full(len(blocks), sequence.slot), shared))
+        if not sequence.num_preemptions:
+            sequence.num_cached = sequence.first_position
+            self.num_prompt_tokens += len(sequence.to_prefill)
+            self.num_cached_tokens += sequence.first_position
+
+    # Growing
+
+    def grow_all(self, slots: Int64) -> None:
+        """One more block for each of these decoding sequences; the caller has seen that they are there."""
+        have = self.slots.num_blocks[slots]
+        blocks = self.pool.take_next(self.slots.tables[slots, have - 1])
+        self.slots.tables[slots, have] = blocks
+        self.slots.num_blocks[slots] = have + 1
+        self.changes.appended.append((slots, blocks))
+
+    def grow(self, sequence: Sequence) -> bool:
+        """One more block for a decoding sequence; if there is none, somebody yields, it itself perhaps."""
+        if not self.pool.num_free and not self.yielding:
+            self.ask_to_yield(self.victim())
+        if sequence.slot < 0 or not self.slots.decoding[sequence.slot] or not self.pool.num_free:
+            return False
+        self.append(sequence, 1)
+        return True
+
+    def chunk(self, sequence: Sequence, most: int) -> int:
+        """Positions of its next chunk, `most` at most, with blocks for them; 0 if there are no blocks now."""
+        position = int(self.slots.position[sequence.slot])
+        size = self.limits.block_size
+        have = int(self.slots.num_blocks[sequence.slot])
+        room = have * size - position
+        if not room and not self.pool.num_free and not self.yielding:
+            victim = self.victim()
+            if victim is not sequence:
+                self.ask_to_yield(victim)
+        count = min(len(sequence.to_prefill) - position, most, room + self.pool.num_free * size)
+        needed = -(-(position + count) // size) - have
+        if needed > 0:
+            self.append(sequence, needed)
+        return count
+
+    def append(self, sequence: Sequence, count: int) -> None:
+        """`count` more blocks; the caller has seen that they are there."""
+        slot = sequence.slot
+        have = int(self.slots.num_blocks[slot])
+        owned = have - sequence.first_position // self.limits.block_size
+        first = int(self.slots.tables[slot, have - 1]) + 1 if owned else sequence.claim
+        blocks = self.pool.take(count, first)
+        self.slots.tables[slot, have : have + count] = blocks
+        self.slots.num_blocks[slot] = have + count
+        self.changes.appended.append((np.full(count, slot), blocks))
+
+    def _claim_room(self, sequence: Sequence) -> int:
+        return -(-sequence.request.num_positions // self.limits.block_size)
+
+    # Sharing
+
+    def publish(self, sequence: Sequence, known: npt.NDArray[np.uint32]) -> None:
+        """Make its full blocks known: those whose tokens are `known` and computed by steps already made."""
+        size, keys = self.limits.block_size, sequence.keys
+        computed = min(int(self.slots.position[sequence.slot]), len(known)) // size
+        if len(keys) < computed:
+            blocks = self.slots.tables[sequence.slot, len(keys) : computed].tolist()
+            for index, block in enumerate(blocks, len(keys)):
+                key = block_key(keys[-1] if index else b"", known[index * size : (index + 1) * size])
+                keys.append(key)
+                self.pool.publish(key, block)
+
+    # Leaving
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Its slot and blocks are free; the stages hear of it in the next step.
+
+        What it generated becomes known to the prefix cache now, when its tokens have come back, and not block by
+        block: whoever could use it comes later.
+        """
+        slot = sequence.slot
+        self.backlog -= max(len(sequence.to_prefill) - int(self.slots.position[slot]), 0)
+        if self.limits.prefix_cache:
+            generated = sequence.token_ids
+            if len(generated):
+                self.publish(sequence, np.concatenate((sequence.request.prompt, generated)))
+        self.pool.give_back(self.slots.tables[slot, : self.slots.num_blocks[slot]])
+        self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
+        sequence.claim = -1
+        self.slots.vacate(sequence)
+        changes = self.changes
+        if sequence in changes.admitted:  # the stages have not heard of it yet
+            changes.admitted.remove(sequence)
+        if changes.appended:
+            changes.appended = [
+                (slots[slots != slot], blocks[slots != slot]) for slots, blocks in changes.appended
+            ]
+        changes.released.append(slot)
+        self.prefilling.pop(sequence.order, None)
+        self.yielding.pop(sequence.order, None)
+
+    def victim(self) -> Sequence:
+        """Who yields: the lowest priority, and of those the youngest."""
+        youngest: Sequence = max(
+            (sequence for sequence in self.slots.sequences if sequence is not None),
+            key=lambda sequence: sequence.waits_before,
+        )
+        return youngest
+
+    def ask_to_yield(self, sequence: Sequence) -> None:
+        """It takes no further step, and leaves when none of its steps is in flight (rule 3)."""
+        self.slots.decoding[sequence.slot] = False
+        self.prefilling.pop(sequence.order, None)
+        self.yielding[sequence.order] = sequence
+        self.yield_idle()
+
+    def yield_idle(self) -> None:
+        """Those who were asked to yield leave once nothing of theirs is in flight."""
+        for sequence in [one for one in self.yielding.values() if self.slots.steps_in_flight[one.slot] == 0]:
+            self.vacate(sequence)
+            sequence.to_prefill = np.concatenate((sequence.request.prompt, sequence.token_ids))
+            sequence.num_preemptions += 1
+            self.num_preemptions += 1
+            self._on_yielded(sequence)
