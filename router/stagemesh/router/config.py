@@ -84,7 +84,12 @@ class RouterConfig(_Settings):
     )
     prefix_cache: bool = Field(default=True, description="Share the KV blocks of equal prompt beginnings.")
     max_in_flight: int = Field(
-        default=0, ge=0, description="Microbatches in flight; 0: chosen from the stages."
+        default=0, ge=0, description="Microbatches in flight; 0: chosen by what steps cost."
+    )
+    itl_target_ms: float = Field(
+        default=0.0,
+        ge=0,
+        description="Inter-token time for 95% of tokens over 10 s; prefill gives way for it. 0: none.",
     )
     step_timeout_s: float = Field(
         default=60.0, gt=0, description="A step unanswered for longer means a lost stage."

@@ -90,7 +90,20 @@ def _lane_status(lane: Lane, draining: bool) -> admin_pb2.LaneStatus:
         status.limiting_stage = lane.limiting_stage
         status.steps_in_flight = scheduler.num_in_flight
         status.depth = limits.depth
-        status.max_in_flight = limits.num_microbatches
+        state = scheduler.pace.state()
+        status.max_in_flight = state.num_microbatches
+        status.allowed_in_flight = state.max_in_flight
+        status.slowest_stage = state.limiting_stage
+        status.cycle_ms = state.cycle_s * 1e3
+        status.ring_hops_ms = state.ring_s * 1e3
+        status.trip_hops_ms = state.trip_s * 1e3
+        status.itl_p95_ms = state.itl_p95_s * 1e3
+        status.prefill_backlog = scheduler.backlog
+        status.num_preemptions = scheduler.num_preemptions
+        for stage, step_s in zip(status.stages, state.step_s, strict=False):
+            stage.step_ms = step_s * 1e3
+        for stage, share in zip(status.stages, state.bubble_shares, strict=True):
+            stage.bubble_share = share
     return status
 
 

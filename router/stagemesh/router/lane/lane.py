@@ -12,11 +12,12 @@ from pathlib import Path
 
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
+from stagemesh.router.lane.driving import limits_of
 from stagemesh.router.lane.forming import open_links, open_stages
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.lane.step_records import StepRecords
-from stagemesh.router.scheduler import Limits, Request, Scheduler, Step, StepDeltas
+from stagemesh.router.scheduler import Request, Scheduler, Step, StepDeltas
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import encode
 from stagemesh.router.tracing.step_spans import StepSpans
@@ -169,7 +170,7 @@ class Lane:
             await asyncio.sleep(POLL_S)
 
     async def _open(self, members: list[Member]) -> None:
-        limits = self._limits(members)
+        limits = limits_of(self._config, members)
         # Above any epoch of a router before this one, since a restart must outrank what it left open.
         self.epoch = max(self.epoch + 1, time.time_ns() // 1_000_000)
         await open_stages(
@@ -212,25 +213,6 @@ class Lane:
             limits.depth,
         )
         self._events.on_ready(True)
-
-    def _limits(self, members: list[Member]) -> Limits:
-        microbatches = self._config.max_in_flight or num_microbatches(members)
-        slots = min(
-            self._config.max_sequences, *(member.description.max_slots for member in members), 1 << 16
-        )
-        return Limits(
-            num_blocks=min(member.description.num_blocks for member in members),
-            block_size=members[0].description.block_size,
-            max_slots=slots * len(members),
-            max_blocks=-(-members[0].description.max_context // members[0].description.block_size),
-            max_waiting=self._config.max_waiting,
-            step_tokens=self._config.step_tokens,
-            num_microbatches=microbatches,
-            # One step beyond the microbatches keeps the first stage's queue filled while results travel.
-            depth=microbatches + (1 if self._config.lookahead else 0),
-            lookahead=self._config.lookahead,
-            prefix_cache=self._config.prefix_cache,
-        )
 
     async def _serve(self) -> StageLostError:
         """Watch until a stage is lost, and return how."""
@@ -369,25 +351,6 @@ class Lane:
             line["logits"] = result.logits.hex()
         self._step_log.write(json.dumps(line) + "\n")
         self._step_log.flush()
-
-
-def num_microbatches(members: list[Member]) -> int:
-    """How many microbatches to keep in flight: as many as stages that can compute at the same time.
-
-    Stages whose threads share the cores of one host gain nothing from computing at once: two steps
-    each take twice as long. A host counts for as many stages as its cores can run side by side.
-    """
-    hosts: dict[str, list[Member]] = {}
-    for member in members:
-        hosts.setdefault(member.description.host_id, []).append(member)
-    total = 0
-    for group in hosts.values():
-        cpu = [member for member in group if all(rank.device == "cpu" for rank in member.description.ranks)]
-        wanted = sum(member.description.threads_per_rank * len(member.description.ranks) for member in cpu)
-        cores = max((member.description.num_cores for member in cpu), default=1)
-        at_once = len(cpu) if wanted <= cores else max(1, len(cpu) * cores // max(wanted, 1))
-        total += len(group) - len(cpu) + (at_once if cpu else 0)
-    return total
 
 
 def _short(detail: str) -> str:
