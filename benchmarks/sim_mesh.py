@@ -56,6 +56,7 @@ def sim_mesh(
     *,
     router: Sequence[str] = (),
     stage: Sequence[str] = (),
+    model: Path | None = None,
     result_delay_s: float | None = None,
 ) -> Iterator[SimMesh]:
     """Start a stage for each cost expression and a router; stop them at the end.
@@ -64,18 +65,20 @@ def sim_mesh(
         costs: As of `stagemesh stage --cost`.
         router: Further flags of the router.
         stage: Further flags of every stage.
+        model: Whose shape and tokenizer to use; None: SHAPE, without a tokenizer.
         result_delay_s: Put a proxy before the last stage that holds back what it answers by this long; None: no
             proxy.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "config.json").write_text(json.dumps(SHAPE))
+        served = str(model or folder)
         processes = []
         for index, cost in enumerate(costs):
             place = ["--stage", f"{index}/{len(costs)}", "--listen", "127.0.0.1:0", "--threads", "1"]
             engine = ["--engine", "sim", "--cost", cost, *stage]
             processes.append(
-                _start(stack, folder, f"stage{index}", ["stage", "--model", str(folder), *place, *engine])
+                _start(stack, folder, f"stage{index}", ["stage", "--model", served, *place, *engine])
             )
         addresses = [_address(process, log) for process, log in processes]
         if result_delay_s is not None:
@@ -86,7 +89,7 @@ def sim_mesh(
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         stages = [part for address in addresses for part in ("--stage", address)]
         process, log = _start(
-            stack, folder, "router", ["router", "--model", str(folder), *stages, *ports, *router]
+            stack, folder, "router", ["router", "--model", served, *stages, *ports, *router]
         )
         listen = _address(process, log)
         _wait_ready(listen, process, log)

@@ -16,7 +16,7 @@ StageLostError StagemeshError StartupError TokenStream UnavailableError Unimplem
 """
 FLAGS = {
     "up": """
-        --admin --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
+        --admin --api-workers --block-size --config --debug-logits --device --dtype --heartbeat-timeout-s --insecure
         --kv-memory --linears --link-timeout-s --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics
         --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache

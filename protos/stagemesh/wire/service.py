@@ -53,9 +53,14 @@ class _Unparsable:
     message: str
 
 
-def make_server() -> grpc.aio.Server:
-    """An asyncio gRPC server with the options every stagemesh server has."""
-    return grpc.aio.server(options=SERVER_OPTIONS)
+def make_server(*, share_port: bool = False) -> grpc.aio.Server:
+    """An asyncio gRPC server with the options every stagemesh server has.
+
+    Args:
+        share_port: Others may listen on its port too: only for a router's own workers, on a port that
+            the router holds.
+    """
+    return grpc.aio.server(options=(*SERVER_OPTIONS[1:], ("grpc.so_reuseport", int(share_port))))
 
 
 def bind(server: grpc.aio.Server, address: str, *, key: str) -> str:

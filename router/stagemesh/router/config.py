@@ -30,6 +30,7 @@ class RouterEntry(_Settings):
     listen: str | None = None
     admin: str | None = None
     metrics: str | None = None
+    api_workers: int | None = Field(default=None, ge=0)
 
 
 class MeshFile(_Settings):
@@ -64,6 +65,11 @@ class RouterConfig(_Settings):
     stages: tuple[str, ...] = Field(min_length=1, description="Addresses of the stages, in order.")
     listen: str = Field(default="127.0.0.1:50051", description="Address of the public gRPC server.")
     admin: str = Field(default="127.0.0.1:50052", description="Address of the admin gRPC server.")
+    api_workers: int = Field(
+        default=0,
+        ge=0,
+        description="Processes that tokenize, detokenize and stream; 0: the router does it itself.",
+    )
     served_model_name: str | None = Field(
         default=None, description="Unset: the name of the model's file or folder."
     )

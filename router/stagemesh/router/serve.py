@@ -11,13 +11,14 @@ import uvloop
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from stagemesh.router.api.admin_service import AdminService
-from stagemesh.router.api.inference_service import InferenceService
+from stagemesh.router.api.public_server import PublicServer
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.served_model import load_served_model
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.tracing.tracing import RouterTracing
-from stagemesh.v1 import admin_pb2, inference_pb2
+from stagemesh.router.worker.pool import WorkerPool
+from stagemesh.v1 import admin_pb2
 from stagemesh.wire.address import check_listen, split_address
 from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.logs import setup_logging
@@ -51,30 +52,32 @@ async def _serve(config: RouterConfig) -> None:
     tracing = RouterTracing.start(
         listen=config.listen, model_name=model.name, every_step=config.trace == "full"
     )
-    public, admin = make_server(), make_server()
-    health, admin_health = add_health(public), add_health(admin)
+    admin = make_server()
+    admin_health = add_health(admin)
 
     def on_ready(ready: bool) -> None:
+        public.set_serving(ready)
         status = HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
-        for servicer in (health, admin_health):
-            background.add(task := loop.create_task(servicer.set(SERVICE_NAME, status)))
-            task.add_done_callback(background.discard)
+        background.add(task := loop.create_task(admin_health.set(SERVICE_NAME, status)))
+        task.add_done_callback(background.discard)
 
     background: set[asyncio.Task[None]] = set()
-    on_ready(False)
     requests = Requests(config, model, on_ready, tracing)
-    inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    public: PublicServer | WorkerPool
+    if config.api_workers:
+        public = WorkerPool(config, requests)
+    else:
+        streams = Streams(model, tracing.server if tracing else None)
+        streams.backend = requests.connect(streams)
+        public = PublicServer(streams)
+    on_ready(False)
     administration = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-    streams = Streams(model, tracing.server if tracing else None)
-    streams.backend = requests.connect(streams)
-    add_service(public, inference, InferenceService(streams))
-    add_reflection(public, inference)
-    add_service(admin, administration, AdminService(requests))
+    workers = public if isinstance(public, WorkerPool) else None
+    add_service(admin, administration, AdminService(requests, workers))
     add_reflection(admin, administration)
-    listen = bind(public, config.listen, key="--listen")
     admin_listen = bind(admin, config.admin, key="--admin")
+    listen = await public.start(config.listen)
     metrics = _serve_metrics(config, requests, listen, tracing)
-    await public.start()
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
     if metrics:

@@ -33,6 +33,7 @@ def router_values(file: MeshFile) -> dict[str, Any]:
         "listen": file.router.listen,
         "admin": file.router.admin,
         "metrics": file.router.metrics,
+        "api_workers": file.router.api_workers,
         "served_model_name": file.served_model_name,
         "max_context": file.max_context,
     }

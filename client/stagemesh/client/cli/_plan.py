@@ -31,6 +31,7 @@ STAGE_OPTIONS = (
 ROUTER_OPTIONS = (
     "listen",
     "admin",
+    "api_workers",
     "served_model_name",
     "max_sequences",
     "max_waiting",
@@ -146,6 +147,7 @@ def plan_mesh(
             "listen": file.router.listen,
             "admin": file.router.admin,
             "metrics": file.router.metrics,
+            "api_workers": file.router.api_workers,
             "served_model_name": file.served_model_name,
         },
     )

@@ -13,6 +13,7 @@ from stagemesh.router.api.requests import Requests
 from stagemesh.router.lane.forming import choose_transport
 from stagemesh.router.lane.lane import DRAINING, READY, Lane
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.worker.pool import WorkerPool
 from stagemesh.v1 import admin_pb2
 from stagemesh.wire.errors import NotFoundError, StagemeshError
 
@@ -24,10 +25,16 @@ Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class AdminService:
-    """Serves the status of one router."""
+    """Serves the status of one router.
 
-    def __init__(self, requests: Requests) -> None:
+    Args:
+        requests: Of the router.
+        workers: Its API workers, if it has any.
+    """
+
+    def __init__(self, requests: Requests, workers: WorkerPool | None = None) -> None:
         self._requests = requests
+        self._workers = workers
         self._started = time.monotonic()
 
     async def GetStatus(
@@ -70,6 +77,7 @@ class AdminService:
             prompt_tokens=requests.prompt_tokens,
             output_tokens=requests.output_tokens,
             uptime_seconds=time.monotonic() - self._started,
+            api_workers=self._workers.status() if self._workers else [],
         )
 
 
