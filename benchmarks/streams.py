@@ -78,7 +78,8 @@ def status(running: SimMesh) -> admin_pb2.MeshStatus:
     """What the router says of itself."""
     with grpc.insecure_channel(running.admin) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
-        return stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=10.0).status
+        answer: admin_pb2.GetStatusResponse = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=10.0)
+        return answer.status
 
 
 def cost_per_token(

@@ -138,19 +138,18 @@ async def _main(spec: dict[str, Any]) -> None:
                 got.characters += len(response.text)
                 got.finished += bool(response.finish_reason)
         except grpc.RpcError as error:
-            fail(f"{error.code()}: {error.details()}")  # type: ignore[attr-defined]
+            fail(f"{error.code()}: {error.details()}")
 
     channels = [
         grpc.aio.insecure_channel(spec["address"], OPTIONS)
         for _ in range(1 if spec["kind"] == "session" else 8)
     ]
     stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
-    if spec["kind"] == "session":
-        work = asyncio.ensure_future(session(stubs[0]))
-    else:
-        work = asyncio.ensure_future(
-            asyncio.gather(*(generate(stubs[i % len(stubs)], one) for i, one in enumerate(requests)))  # type: ignore[arg-type]
-        )
+
+    async def generate_all() -> None:
+        await asyncio.gather(*(generate(stubs[i % len(stubs)], one) for i, one in enumerate(requests)))
+
+    work = asyncio.create_task(session(stubs[0]) if spec["kind"] == "session" else generate_all())
     while line := await asyncio.to_thread(sys.stdin.readline):
         if line.strip() == "finish":
             await work

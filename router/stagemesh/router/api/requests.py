@@ -81,7 +81,8 @@ class Requests:
 
     def disconnect(self, port: Port) -> None:
         """That side is gone: its requests are aborted."""
-        self._ports[port.index] = None
+        if self._ports[port.index] is port:
+            self._ports[port.index] = None
         for live in list(port.live.values()):
             error = UnavailableError("the API worker of the request ended", reason="WORKER_LOST")
             self.count_failure(error.code.name)

@@ -43,7 +43,7 @@ class Kind(enum.IntEnum):
     ABANDON = 19
     """handle (u32)."""
     REFUSED = 20
-    """A request was refused in the worker."""
+    """A request was refused in the worker; the gRPC status code's name."""
     ABORT = 21
     """Number (u32), then the request's id."""
     PONG = 22

@@ -47,9 +47,9 @@ class RouterLink:
         """Nobody reads it any more."""
         self.protocol.send(Kind.ABANDON, NUMBER.pack(handle))
 
-    def refused(self) -> None:
+    def refused(self, code: str) -> None:
         """A request was refused here."""
-        self.protocol.send(Kind.REFUSED)
+        self.protocol.send(Kind.REFUSED, code.encode())
 
     async def abort(self, request_id: str) -> bool:
         """End a request, whichever worker has it."""

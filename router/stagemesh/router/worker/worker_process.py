@@ -43,6 +43,7 @@ class WorkerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost = asyncio.Event()
+        self._reaper: asyncio.Task[None] | None = None
         self._pings = 0
         self._heard_at = time.monotonic()
 
@@ -64,7 +65,6 @@ class WorkerProcess:
         """
         ours, its = socket.socketpair()
         ours.setblocking(False)
-        its.set_inheritable(True)
         spec = WorkerSpec(
             index=self.index, config=config, listen=listen, socket_fd=its.fileno(), router_pid=os.getpid()
         )
@@ -80,6 +80,7 @@ class WorkerProcess:
             )
         finally:
             its.close()
+        self._reaper = asyncio.create_task(self._reap(self._process))
         lost = asyncio.create_task(self._lost_for_good())
         try:
             await asyncio.wait(
@@ -155,7 +156,7 @@ class WorkerProcess:
         elif kind is Kind.ABANDON:
             self._port.abandon(NUMBER.unpack(content)[0])
         elif kind is Kind.REFUSED:
-            self._port.refused()
+            self._port.refused(content.decode())
         elif kind is Kind.ABORT:
             aborted = self._requests.abort(content[NUMBER.size :].decode())
             self._protocol.send(Kind.ABORTED, content[: NUMBER.size] + bytes([aborted]))
@@ -163,6 +164,10 @@ class WorkerProcess:
             self._ready.set_result(None)
         elif kind is Kind.CANNOT_START and not self._ready.done():
             self._ready.set_exception(ConfigError(content.decode()))
+
+    async def _reap(self, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
+        self._lost.set()
 
     async def _lost_for_good(self) -> None:
         await self._lost.wait()
