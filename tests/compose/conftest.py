@@ -32,6 +32,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             report.sections.append((f"containers of {project.name}", project.logs()))
 
 
+FOLDER = Path(__file__).parent
+
+
 @pytest.fixture(scope="session")
 def docker_engine() -> Iterator[str]:
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -78,6 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mesh(images: dict[str, str], model: Path) -> Iterator[Project]:
     """compose.yaml as it is shipped, up and healthy; the receiver of traces beside it."""
     variables = {**images, "MODEL": str(model), "ROUTER_PORT": str(free_port())}
-    project = Project("stagemesh-test", ["compose.yaml"], variables)
+    variables["OTLP_ENDPOINT"] = "http://receiver:4317"
+    project = Project("stagemesh-test", ["compose.yaml", FOLDER / "receiver.yaml"], variables)
     with running(project, SERVICES):
         yield project

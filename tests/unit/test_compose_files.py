@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from stagemesh.wire.telemetry.names import RouterMetric, StageMetric, metrics_of
 
 COMPOSE = Path(__file__).parents[2] / "compose"
 FILES = sorted(COMPOSE.glob("*.yaml"))
@@ -68,3 +74,43 @@ def test_the_dockerfiles_share_their_first_stage() -> None:
         for file in DOCKERFILES
     }
     assert len(heads) == 1
+
+
+def test_the_dashboard_is_the_one_its_tool_makes() -> None:
+    """`python tools/make_dashboard.py` writes it anew when a metric gets another name."""
+    spec = importlib.util.spec_from_file_location(
+        "make_dashboard", COMPOSE.parent / "tools/make_dashboard.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["make_dashboard"] = tool  # its dataclass looks itself up
+    spec.loader.exec_module(tool)
+    assert json.loads((COMPOSE / "observability/grafana/stagemesh.json").read_text()) == tool.dashboard()
+
+
+def test_every_metric_is_on_the_dashboard_and_every_alert_names_one() -> None:
+    names = {metric.prometheus for metric in (*metrics_of(RouterMetric), *metrics_of(StageMetric))}
+    dashboard = (COMPOSE / "observability/grafana/stagemesh.json").read_text()
+    assert {name for name in names if name not in dashboard} == set()
+    rules = [
+        rule for group in read(COMPOSE / "observability/alerts.yml")["groups"] for rule in group["rules"]
+    ]
+    histograms = {f"{name}_bucket" for name in names}
+    for rule in rules:
+        used = set(
+            re.findall(r"\b(?:stagemesh|gen_ai)_\w+(?![\w\"=~])", re.sub(r"\{[^}]*\}", "", rule["expr"]))
+        )
+        assert used <= names | histograms, rule["alert"]
+        assert used or "up{" in rule["expr"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_reads_the_units(tmp_path: Path) -> None:
+    for unit in (COMPOSE / "systemd").iterdir():
+        copy = tmp_path / unit.name
+        copy.write_text(unit.read_text().replace("/opt/stagemesh/bin/stagemesh", sys.executable))
+        command = ["systemd-analyze", "verify", "--man=no", str(copy).replace("@.", "@1.")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        complaints = [line for line in done.stderr.splitlines() if unit.name.partition("@")[0] in line]
+        assert (done.returncode, complaints) == (0, [])
