@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from concurrent import futures
 from typing import Any
 
@@ -50,6 +51,7 @@ def main() -> None:
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Sink(), server)
     server.add_insecure_port(ADDRESS)
     server.start()
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(0))
     server.wait_for_termination()
 
 
