@@ -97,8 +97,9 @@ class Project:
             time.sleep(1.0)
 
     def logs(self, lines: int = 60) -> str:
-        """The last lines of every container, those that ended too."""
-        return self.compose("logs", "--no-color", "--tail", str(lines), check=False)
+        """The last lines of every container, those that ended too; not the receiver's thousands of spans."""
+        written = self.compose("logs", "--no-color", "--tail", str(lines), check=False)
+        return "\n".join(line for line in written.splitlines() if not line.startswith("receiver"))
 
     def _health(self, service: str) -> str:
         state = self.inspect(service)["State"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+import threading
 from concurrent import futures
 from typing import Any
 
@@ -11,6 +13,7 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 ADDRESS = "0.0.0.0:4317"
+LOCK = threading.Lock()
 
 
 class Sink(trace_service_pb2_grpc.TraceServiceServicer):
@@ -31,8 +34,15 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
                     "links": [link.trace_id.hex() for link in span.links],
                     "attributes": values(span.attributes),
                 }
-                print(json.dumps(line), flush=True)
+                write(json.dumps(line))
         return trace_service_pb2.ExportTraceServiceResponse()
+
+
+def write(line: str) -> None:
+    """In one piece, whatever the other threads write."""
+    with LOCK:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 def values(attributes: Any) -> dict[str, Any]:
