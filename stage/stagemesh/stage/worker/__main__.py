@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stagemesh.model.cost import CostModel
 from stagemesh.stage.engine.interface import Engine
+from stagemesh.stage.engine.profiled import profiled
 from stagemesh.stage.local_queue import ToLeader
 from stagemesh.stage.local_socket import WorkerSocket
 from stagemesh.stage.plan import ITEMSIZE, StagePlan, plan_stage
@@ -59,7 +60,7 @@ def _load(spec: WorkerSpec, queue: WorkerSocket) -> Worker:
         engine = _torch_engine(spec, plan, queue)
     return Worker(
         spec.rank,
-        engine,
+        profiled(engine),
         queue,
         queue,
         block_size=spec.config.block_size,
