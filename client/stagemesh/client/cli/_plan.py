@@ -21,6 +21,12 @@ STAGE_OPTIONS = (
     "block_size",
     "kv_memory",
     "memory_share",
+    "gpus",
+    "max_step_tokens",
+    "max_graph_rows",
+    "cuda_graphs",
+    "symmetric_memory",
+    "nccl_links",
     "max_slots",
     "threads",
     "shared_cores",
@@ -82,6 +88,7 @@ def plan_mesh(
     stage_port: int | None,
     file: MeshFile,
     num_cores: int,
+    num_gpus: int = 0,
 ) -> MeshPlan:
     """Lay the mesh out; ConfigError names the flag at fault.
 
@@ -93,6 +100,7 @@ def plan_mesh(
         stage_port: Port of stage 0, on loopback; the others count up. Else the file's addresses.
         file: mesh.yaml, or an empty one.
         num_cores: Cores the workers share.
+        num_gpus: GPUs of this machine; each rank gets one, in order, unless `given` says which.
     """
     sizes = _tp_sizes(tp)
     count = num_stages or len(file.stages) or len(sizes) or 1
@@ -111,6 +119,7 @@ def plan_mesh(
     # steps into stages that share cores side by side (docs/architecture.md, "Where we differ").
     threads = [given.get("threads") or max(1, num_cores // size) for size in ranks]
     crowded = sum(count * size for count, size in zip(threads, ranks, strict=True)) > num_cores
+    gpus = _gpus_of_stages(given, ranks, num_gpus)
     # In `given`, None is a flag that was not given; these are decided here, so they are.
     decided = {
         **{name: given.get(name) for name in (*STAGE_OPTIONS, *SHARED_OPTIONS)},
@@ -125,6 +134,7 @@ def plan_mesh(
                 **decided,
                 "stage": f"{index}/{count}",
                 "tp": ranks[index],
+                "gpus": gpus[index],
                 "threads": threads[index],
                 "listen": addresses[index],
                 "metrics": metrics[index],
@@ -194,6 +204,25 @@ def _stage_metrics(router: str | None, count: int, file: MeshFile) -> list[str |
         raise ConfigError(f"--metrics: {port} leaves no room for {count} stages below 65536")
     host = f"[{host}]" if ":" in host else host
     return [f"{host}:{port + 1 + index if port else 0}" for index in range(count)]
+
+
+def _gpus_of_stages(given: Mapping[str, Any], ranks: list[int], num_gpus: int) -> list[str | None]:
+    """The GPUs of each stage: those of --gpus dealt in order, else one after the other."""
+    if given.get("gpus"):
+        names = [part.strip() for part in str(given["gpus"]).split(",")]
+        if len(names) != sum(ranks):
+            raise ConfigError(f"--gpus: '{given['gpus']}' names {len(names)} GPUs for {sum(ranks)} ranks")
+    elif given.get("device") == "cuda" or (given.get("device") in (None, "auto") and num_gpus):
+        if num_gpus < sum(ranks):
+            raise ConfigError(
+                f"--device cuda: {sum(ranks)} ranks, and {num_gpus} GPUs here; give fewer --stages or --tp, or say "
+                "by --gpus which ranks share one, such as 0,0"
+            )
+        names = [str(index) for index in range(sum(ranks))]
+    else:
+        return [None] * len(ranks)
+    firsts = [sum(ranks[:index]) for index in range(len(ranks))]
+    return [",".join(names[first : first + count]) for first, count in zip(firsts, ranks, strict=True)]
 
 
 def _stage_addresses(stage_port: int | None, count: int, file: MeshFile) -> list[str]:

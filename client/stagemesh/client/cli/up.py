@@ -28,6 +28,7 @@ from stagemesh.client.cli._settings import options_of, with_options
 from stagemesh.client.cli._supervisor import Supervisor
 from stagemesh.router.config import MeshFile, RouterConfig
 from stagemesh.stage.config import StageConfig
+from stagemesh.stage.gpus import list_gpus
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.errors import ConfigError
 
@@ -80,6 +81,7 @@ def _up(
         stage_port=stage_port,
         file=MeshFile.read(config) if config else MeshFile(),
         num_cores=len(os.sched_getaffinity(0)),
+        num_gpus=len(list_gpus()),
     )
     plan = with_ports(plan, stage_key="--config" if config and stage_port is None else "--stage-port")
     if ready_file is not None:

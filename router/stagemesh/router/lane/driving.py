@@ -29,7 +29,10 @@ def limits_of(config: RouterConfig, members: Sequence[Member]) -> Limits:
         max_slots=slots * num_stages,
         max_blocks=-(-first.max_context // first.block_size),
         max_waiting=config.max_waiting,
-        step_tokens=config.step_tokens,
+        step_tokens=min(
+            config.step_tokens,
+            *(member.description.max_step_tokens or config.step_tokens for member in members),
+        ),
         num_stages=num_stages,
         num_microbatches=begin,
         max_microbatches=most,

@@ -266,6 +266,10 @@ class Scheduler:
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
         kept = self.limits.step_tokens // PREFILL_PART if self._prefill_waits else 0
         most = max(self.limits.step_tokens - kept, 1)
+        if self._prefill_waits and self.pace.num_microbatches > 1:
+            # A token that is still on its way would hold up a step that has prefill to go on with.
+            recent = columns.last_step[ready] > self._number + 1 - self.pace.num_microbatches
+            ready = ready[~(recent & (columns.unseen[ready] > 0))]
         if len(ready):
             ready = self._share(ready, total, most)
         full = ready[columns.position[ready] == columns.num_blocks[ready] * self.limits.block_size]
