@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fake_nccl_for_tests
 import numpy as np
 import pytest
 import torch
@@ -48,13 +50,15 @@ def source(tmp_path: Path) -> Any:
     return open_model(str(tmp_path), weights=False)
 
 
-def cuda_engine(source: Any, layers: range, device: HostDevice, *, graphs: bool = True) -> Any:
+def cuda_engine(
+    source: Any, layers: range, device: HostDevice, *, graphs: bool = True, nccl: bool = False
+) -> Any:
     from stagemesh.stage.cuda.attention import HeadShape, TritonAttention
     from stagemesh.stage.cuda.buffers import make_buffers
     from stagemesh.stage.cuda.cache import DeviceCache
     from stagemesh.stage.cuda.engine import CudaEngine, EngineParts
     from stagemesh.stage.cuda.filtered import FilteredChoice
-    from stagemesh.stage.cuda.links import DeviceLinks
+    from stagemesh.stage.cuda.links import DeviceLinks, NcclLinks
     from stagemesh.stage.cuda.model import DeviceLlama
     from stagemesh.stage.cuda.reduce import Reducer
     from stagemesh.stage.kernels.choose import num_parts
@@ -88,6 +92,19 @@ def cuda_engine(source: Any, layers: range, device: HostDevice, *, graphs: bool 
         device=device.torch_device,
     )
     stream = device.stream()
+    links = DeviceLinks()
+    if nccl:
+        links = NcclLinks(
+            device,
+            stream,
+            rank=0,
+            size=1,
+            hidden=config.hidden_size,
+            dtype=torch.float32,
+            max_tokens=TOKENS,
+            max_samples=TOKENS,
+            slot_tokens=cache.slot_tokens,
+        )
     return CudaEngine(
         EngineParts(
             config=config,
@@ -104,7 +121,7 @@ def cuda_engine(source: Any, layers: range, device: HostDevice, *, graphs: bool 
                 config, layers, deals[0], weights, attention, reducer, buffers, max_context=config.max_context
             ),
             filtered=FilteredChoice(group, [deals[0].vocab]),
-            links=DeviceLinks(),
+            links=links,
             max_slots=SLOTS,
             max_rows=2,
             max_tokens=TOKENS,
@@ -132,12 +149,23 @@ def torch_engine(source: Any, layers: range) -> TorchEngine:
 class Stage:
     """An engine and its slots, as a worker drives them."""
 
-    def __init__(self, engine: Any, *, first: bool = True, last: bool = True) -> None:
+    def __init__(self, engine: Any, *, first: bool = True, last: bool = True, held: bool = False) -> None:
         self.engine = engine
         self.first, self.last = first, last
-        self.held = first and last and engine.holds_tokens
+        self.held = held or (first and last and engine.holds_tokens)
+        self.open(1)
+
+    def open(self, epoch: int) -> None:
         self.slots = SlotTable(max_slots=SLOTS, max_blocks=16, block_size=BLOCK, num_blocks=BLOCKS)
-        engine.open(stage_pb2.OpenLaneRequest(epoch=1, num_stages=1, max_slots=SLOTS, depth=2))
+        self.engine.open(
+            stage_pb2.OpenLaneRequest(
+                epoch=epoch,
+                num_stages=1 if self.first and self.last else 2,
+                stage_index=0 if self.first else 1,
+                max_slots=SLOTS,
+                depth=2,
+            )
+        )
 
     def run(self, step: stage_pb2.Step, hidden: memoryview | None = None) -> Any:
         batch = self.slots.apply(step)
@@ -257,3 +285,63 @@ def test_stages_hand_on_what_the_torch_engine_hands_on(source: Any) -> None:
         assert others.tolist() == tokens.tolist(), step.number
         for pair in (expected, got):
             pair[0].slots.deliver(step.number, tokens)
+
+
+def connect(stages: list[Stage], epoch: int) -> None:
+    """Open the link and the ring of two stages, as their leaders would."""
+    with ThreadPoolExecutor(4) as threads:
+        opening = []
+        for kind, ends in (
+            (stage_pb2.LINK_KIND_ACTIVATIONS, stages),
+            (stage_pb2.LINK_KIND_RING, stages[::-1]),
+        ):
+            minted = ends[1].engine.links.prepare(kind)
+            for end, sender in zip(ends, (True, False), strict=True):
+                request = stage_pb2.ConnectLinkRequest(
+                    epoch=epoch, kind=kind, transport="nccl", sender=sender, nccl_unique_ids=[minted]
+                )
+                opening.append(threads.submit(end.engine.links.connect, request))
+        for one in opening:
+            one.result(timeout=20)
+
+
+def test_links_of_their_own_carry_activations_and_tokens(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nccl_for_tests.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    layers = range(source.config.num_layers)
+    device = HostDevice()
+    stages = [
+        Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
+        Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
+    ]
+    for epoch in (1, 2):  # a raised epoch closes and opens them again
+        reference = Stage(torch_engine(source, layers))
+        for stage in stages:
+            stage.open(epoch)
+        connect(stages, epoch)
+        for step in script():
+            expected = reference.run(step).tokens.tolist()
+            with ThreadPoolExecutor(2) as threads:
+                first, last = [threads.submit(stage.run, step) for stage in stages]
+                assert last.result(timeout=60).tokens.tolist() == expected, step.number
+                assert first.result(timeout=60).sent_bytes
+
+
+def test_an_abort_ends_a_wait_for_a_peer(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nccl_for_tests.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = HostDevice()
+    stages = [
+        Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
+        Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
+    ]
+    connect(stages, 1)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(stages[1].run, script()[0])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        stages[1].engine.links.abort()
+        assert not stages[1].engine.links.receives_hidden
+        waiting.result(timeout=20)

@@ -417,7 +417,9 @@ class CudaEngine:
             _, slot = self._staging.take()
             layout = self._layout_of(batch)
             self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), None)
-            self._compute(layout, batch)
+            summed = self._compute(layout, batch)
+            count = batch.num_tokens
+            torch.add(parts.buffers.residual[:count], summed, out=parts.buffers.normed[:count])
             parts.device.synchronize()
             slot.in_use = False
 

@@ -140,7 +140,6 @@ class NcclLinks(DeviceLinks):
         self._hidden, self._dtype = hidden, dtype
         self._max_tokens, self._max_samples = max_tokens, max_samples
         self._slot_tokens = slot_tokens
-        self._ids: dict[int, tuple[int, ...]] = {}
         self._links: dict[tuple[int, bool], _Link] = {}
         self._depth = 0
         self._num_expected = 0
@@ -149,12 +148,15 @@ class NcclLinks(DeviceLinks):
         self._sent: dict[str, list[Event | None]] = {}
         self._connecting = 0
         self._epoch = 0
+        # Its kernel is loaded now: while a receive waits on the device, loading one could wait for it (rule 9).
+        with torch.inference_mode():
+            first = torch.zeros(1, dtype=torch.int64, device=device.torch_device)
+            slot_tokens.index_copy_(0, first, slot_tokens[:1].clone())
 
     def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
         self._epoch = lane.epoch
         self._expected.clear()
         self._num_expected = 0
-        self._ids.clear()
         self._depth = depth
         self._sent = {"hidden": [None] * depth, "tokens": [None] * depth}
         if lane.num_stages == 1:
@@ -166,19 +168,18 @@ class NcclLinks(DeviceLinks):
             self._keep("tokens", depth, samples, torch.int32, device)
         if lane.stage_index == 0:
             self._keep("ring", depth, samples, torch.int32, device)
-            self._keep("slots", depth, samples, torch.int32, device)
+            self._keep("slots", depth, samples, torch.int64, device)
             if "pinned" not in self._buffers or self._buffers["pinned"].shape[0] < depth:
-                self._buffers["pinned"] = self._device.pinned(depth * samples, torch.int32).view(
+                self._buffers["pinned"] = self._device.pinned(depth * samples, torch.int64).view(
                     depth, samples
                 )
 
     def prepare(self, kind: int) -> bytes:
-        self._ids[kind] = self._nccl.get_unique_id()
-        return bytes(number & 0xFF for number in self._ids[kind])
+        return bytes(number & 0xFF for number in self._nccl.get_unique_id())
 
     def connect(self, request: stage_pb2.ConnectLinkRequest) -> None:
         epoch = self._epoch
-        ids = [tuple(n - 256 if n > 127 else n for n in one) for one in request.nccl_unique_ids]
+        ids = list(request.nccl_unique_ids)
         mine = (
             [one for rank, one in enumerate(ids) if rank % self._size == self._rank]
             if request.sender
@@ -188,7 +189,7 @@ class NcclLinks(DeviceLinks):
         try:
             self._device.bind(self._opening)
             place = SENDER if request.sender else RECEIVER
-            link = _Link([self._nccl.NcclCommunicator(2, one, place) for one in mine])
+            link = _Link([self._join(one, place) for one in mine])
             self._exchange(link, request.sender)
         finally:
             self._connecting -= 1
@@ -316,6 +317,14 @@ class NcclLinks(DeviceLinks):
     def _get(self, link: _Link, tensor: torch.Tensor, stream: Stream) -> None:
         kind = self._types[tensor.dtype]
         link.each(lambda comm: comm.recv(tensor.data_ptr(), tensor.numel(), kind, SENDER, stream.cuda_stream))
+
+    def _join(self, unique_id: bytes, place: int) -> Any:
+        """Returns when the other end has come too."""
+        try:
+            return self._nccl.NcclCommunicator(2, unique_id, place)
+        except TypeError:  # before cupy 14 an id was a tuple of signed chars
+            signed = tuple(number - 256 if number > 127 else number for number in unique_id)
+            return self._nccl.NcclCommunicator(2, signed, place)
 
     def _exchange(self, link: _Link, sender: bool) -> None:
         """Dummy data there and back, so that NCCL has connected before the first step."""
