@@ -210,8 +210,8 @@ class CudaEngine:
         bucket = self._bucket(batch, rows)
         layout = self._layouts[bucket] if bucket else self._layout_of(batch)
         self._stage(slot, layout, batch, rows, inputs, bucket)
-        self.links.await_ring(batch)
         slot.awaited.record()
+        self.links.await_ring(batch)
         self._receive(batch, inputs, slot)
         slot.begun.record()
         if bucket:
@@ -391,7 +391,7 @@ class CudaEngine:
             step = DeviceStep(slot, None, pinned)
             slot.ended.record()
         self.links.expect_ring(batch)
-        step.linked = self.links.receives_hidden
+        step.linked = self.links.receives_hidden or self.links.receives_ring
         return step
 
     def _make_staging(self, depth: int) -> Staging:

@@ -81,6 +81,15 @@ class _Link:
                 for comm in self.comms:
                     enqueue(comm)
 
+    def check(self) -> None:
+        """Raises what NCCL found meanwhile. Not where the launch thread is inside NCCL: it will find out itself."""
+        if self.lock.acquire(timeout=0.1):
+            try:
+                for comm in [] if self.broken else self.comms:
+                    comm.check_async_error()
+            finally:
+                self.lock.release()
+
     def abort(self) -> None:
         # Without the lock only where the launch thread is stuck inside NCCL with it.
         locked = self.lock.acquire(timeout=1.0)
@@ -146,7 +155,9 @@ class NcclLinks(DeviceLinks):
         self._expected: dict[int, Event] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._sent: dict[str, list[Event | None]] = {}
-        self._connecting = 0
+        self._opens = threading.Condition()
+        self._joining = 0
+        self._turns: list[tuple[bool, bool]] = []
         self._epoch = 0
         # Its kernel is loaded now: while a receive waits on the device, loading one could wait for it (rule 9).
         with torch.inference_mode():
@@ -185,14 +196,18 @@ class NcclLinks(DeviceLinks):
             if request.sender
             else [ids[self._rank]]
         )
-        self._connecting += 1
+        turn = (request.kind == RING, request.sender)
+        with self._opens:
+            self._joining += 1
         try:
             self._device.bind(self._opening)
             place = SENDER if request.sender else RECEIVER
             link = _Link([self._join(one, place) for one in mine])
-            self._exchange(link, request.sender)
         finally:
-            self._connecting -= 1
+            with self._opens:
+                self._joining -= 1
+                self._opens.notify_all()
+        self._take_turn(turn, link)
         if epoch != self._epoch:
             link.abort()
             raise StageLostError("the epoch was raised while a link opened", reason="EPOCH_RAISED")
@@ -203,7 +218,7 @@ class NcclLinks(DeviceLinks):
         links = [self._links[key] for key in sorted(self._links, key=lambda key: not key[1])]
         self._links.clear()
         self._refresh()
-        if self._connecting:
+        if self._joining or self._turns:
             log.error("a link still hangs in opening; the worker ends and is started again")
             os._exit(ABORT_HANGS)
         if not links:
@@ -223,15 +238,11 @@ class NcclLinks(DeviceLinks):
 
     def check(self) -> str:
         for (kind, _), link in list(self._links.items()):
-            with link.lock:
-                if link.broken:
-                    continue
-                for comm in link.comms:
-                    try:
-                        comm.check_async_error()
-                    except self._nccl.NcclError as error:
-                        name = stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
-                        return f"the {name} link failed: {error}"
+            try:
+                link.check()
+            except self._nccl.NcclError as error:
+                name = stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
+                return f"the {name} link failed: {error}"
         return ""
 
     def send_buffer(self, index: int, count: int) -> torch.Tensor:
@@ -325,6 +336,22 @@ class NcclLinks(DeviceLinks):
         except TypeError:  # before cupy 14 an id was a tuple of signed chars
             signed = tuple(number - 256 if number > 127 else number for number in unique_id)
             return self._nccl.NcclCommunicator(2, signed, place)
+
+    def _take_turn(self, turn: tuple[bool, bool], link: _Link) -> None:
+        """Exchange dummies when no communicator of this rank is being joined, one link after the other.
+
+        A receive that waits on the device can hold up whatever allocates or loads, a join above all (rule 9). The
+        turns, what comes in before what goes out and the ring last, follow the lane, so no cycle of waits forms.
+        """
+        with self._opens:
+            self._turns.append(turn)
+            self._opens.wait_for(lambda: not self._joining and min(self._turns) == turn)
+        try:
+            self._exchange(link, turn[1])
+        finally:
+            with self._opens:
+                self._turns.remove(turn)
+                self._opens.notify_all()
 
     def _exchange(self, link: _Link, sender: bool) -> None:
         """Dummy data there and back, so that NCCL has connected before the first step."""
