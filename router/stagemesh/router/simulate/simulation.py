@@ -1,0 +1,218 @@
+"""The loop in virtual time: the same Scheduler as in a router, with arrivals and results as its only events.
+
+A step's way through the stages is known when the step is made (pipeline.py), and results come in the order of
+the steps. So the events are two sorted sequences, and no queue of events is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stagemesh.model.cost import StepShape
+from stagemesh.router.scheduler import Scheduler, Step, StepDeltas
+from stagemesh.router.simulate.limits import lane_limits
+from stagemesh.router.simulate.load import END_TOKEN, draw
+from stagemesh.router.simulate.pipeline import StepTimes, VirtualPipeline
+from stagemesh.router.simulate.result import Percentiles, SimulationResult, StageResult
+from stagemesh.router.simulate.spec import SimulationSpec
+from stagemesh.wire.errors import ResourceExhaustedError
+
+Int64 = npt.NDArray[np.int64]
+
+REPORT_NS = 250_000_000
+"""Stages say so often where their time went, as real ones do."""
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step whose result is on its way."""
+
+    step: Step
+    at_ns: int
+    requests: Int64
+    """Index of the request of each sampled row."""
+
+
+class Simulation:
+    """One run of a file.
+
+    Args:
+        spec: What to run.
+        name: For the result.
+    """
+
+    def __init__(self, spec: SimulationSpec, name: str = "") -> None:
+        self._spec = spec
+        self._name = name
+        self._requests = draw(spec.load, spec.lane)
+        self.pipeline = VirtualPipeline(spec.costs, spec.links, spec.ring, spec.position_bytes)
+        limits = lane_limits(spec.lane, self.pipeline.num_stages)
+        self.scheduler = Scheduler(limits)
+        self._in_flight: deque[_Pending] = deque()
+        self._unreported: deque[tuple[int, StepTimes]] = deque()
+        self._next_report_ns = REPORT_NS
+        self._positions = np.zeros(limits.max_slots, np.int64)
+        self._request_of = np.zeros(limits.max_slots, np.int64)
+        count = len(self._requests)
+        self._num_sampled = np.zeros(count, np.int64)
+        """Tokens sampled and come back, of each request."""
+        self._last_ns = np.full(count, -1)
+        """When the newest token of each request reached the router."""
+        self._first_ns = np.full(count, -1)
+        self._gaps: list[Int64] = []
+        self._active_since = -1
+        self._active_ns = 0
+        self._num_finished = self._num_refused = self._num_rows = self._num_ignored = self._num_steps = 0
+        self._num_output = 0
+
+    def run(self) -> SimulationResult:
+        """Until every request has ended."""
+        began = time.perf_counter()
+        client_ns = self._spec.router.client
+        arrivals = (self._requests.arrivals_ns + client_ns).tolist()
+        index, now = 0, 0
+        while True:
+            arrival = arrivals[index] if index < len(arrivals) else NEVER
+            result = self._in_flight[0].at_ns if self._in_flight else NEVER
+            if min(arrival, result) == NEVER:
+                break
+            now = min(arrival, result)
+            while index < len(arrivals) and arrivals[index] <= now:
+                self._submit(index, now)
+                index += 1
+            while self._in_flight and self._in_flight[0].at_ns <= now:
+                self._take_result(self._in_flight.popleft(), now)
+            if now >= self._next_report_ns:
+                self._report(now)
+            self._pump(now)
+        left = self.scheduler.num_running + self.scheduler.num_waiting
+        assert not left, f"{left} requests neither run nor end"
+        return self._result(now + client_ns, time.perf_counter() - began)
+
+    def _submit(self, index: int, now: int) -> None:
+        try:
+            self.scheduler.submit(self._requests.request(index), now / 1e9)
+        except ResourceExhaustedError:
+            self._num_refused += 1
+
+    def _pump(self, now: int) -> None:
+        while step := self.scheduler.next_step(now / 1e9):
+            self._launch(step, now)
+        if self._in_flight:
+            if self._active_since < 0:
+                self._active_since = now
+        elif self._active_since >= 0:
+            self._active_ns += now - self._active_since
+            self._active_since = -1
+
+    def _launch(self, step: Step, now: int) -> None:
+        """Send a step: everything that will happen to it is known at once."""
+        for sequence in step.changes.admitted:
+            self._positions[sequence.slot] = sequence.first_position
+            self._request_of[sequence.slot] = int(sequence.request.request_id)
+        rows, tokens = len(step.slots), step.num_tokens
+        context = 0
+        if self.pipeline.uses_context:
+            self._positions[step.slots] += step.counts
+            context = int(self._positions[step.slots].sum())
+        times = self.pipeline.run(
+            step.number,
+            StepShape(tokens=tokens, rows=rows, prefill=tokens - rows, context=context),
+            now + self._spec.router.step,
+            int(step.input_steps.max()),
+        )
+        self._num_steps += 1
+        self._num_rows += rows
+        self._unreported.append((step.number, times))
+        sampled = self._request_of[step.slots if step.sample.all() else step.slots[step.sample]]
+        self._in_flight.append(_Pending(step, int(times.ends[-1]) + self._spec.router.result, sampled))
+
+    def _take_result(self, pending: _Pending, now: int) -> None:
+        requests = pending.requests
+        token_ids = np.ones(len(requests), np.uint32)
+        self._num_sampled[requests] += 1
+        if self._spec.load.stops:
+            ends = self._requests.stops[requests] & (
+                self._num_sampled[requests] == self._requests.outputs[requests]
+            )
+            token_ids[ends] = END_TOKEN
+        deltas = self.scheduler.take_result(pending.step.number, token_ids, now / 1e9)
+        self._take_deltas(deltas, len(requests), now)
+
+    def _take_deltas(self, deltas: StepDeltas, num_rows: int, now: int) -> None:
+        requests = self._request_of[deltas.slots]
+        self._num_ignored += num_rows - len(requests)
+        self._num_output += len(requests)
+        last = self._last_ns[requests]
+        gaps = now - last
+        if len(requests) and last.min() < 0:
+            first = last < 0
+            self._first_ns[requests[first]] = now
+            gaps = gaps[~first]
+        self._last_ns[requests] = now
+        self._gaps.append(gaps)
+        self._num_finished += len(deltas.ends)
+
+    def _report(self, now: int) -> None:
+        """What stages have done since the last report, as `StageReport` says it."""
+        self._next_report_ns = now + REPORT_NS
+        done = []
+        while self._unreported and self._unreported[0][1].ends[-1] <= now:
+            done.append(self._unreported.popleft())
+        if not done:
+            return
+        numbers = np.array([number for number, _ in done], np.int64)
+        arrivals, free, begins, ends = (
+            np.stack([getattr(times, name) for _, times in done])
+            for name in ("arrivals", "free", "begins", "ends")
+        )
+        zeros = np.zeros_like(arrivals)
+        # Columns: arrival, queue, wait, receive, compute, send.
+        times_ns = np.stack((arrivals, free - arrivals, begins - free, zeros, ends - begins, zeros), axis=2)
+        for stage in range(self.pipeline.num_stages):
+            self.scheduler.take_timings(stage, numbers, times_ns[:, stage])
+
+    def _result(self, end_ns: int, real_s: float) -> SimulationResult:
+        requests = self._requests
+        started = self._first_ns >= 0
+        # Both ways: the client's clock starts when it sends.
+        ttft = (self._first_ns - requests.arrivals_ns)[started] + self._spec.router.client
+        active = max(1, self._active_ns)
+        busy = self.pipeline.busy_ns
+        split = self._spec.split or (0,) * len(busy)
+        seconds = max(end_ns, 1) / 1e9
+        scheduler = self.scheduler
+        return SimulationResult(
+            name=self._name,
+            virtual_s=seconds,
+            num_requests=len(requests),
+            num_finished=self._num_finished,
+            num_refused=self._num_refused,
+            output_tokens=self._num_output,
+            output_tokens_per_s=self._num_output / seconds,
+            prompt_tokens_per_s=scheduler.num_prompt_tokens / seconds,
+            ttft_ms=Percentiles.of_ns(ttft),
+            inter_token_ms=Percentiles.of_ns(np.concatenate(self._gaps) if self._gaps else np.zeros(0, np.int64)),
+            num_steps=self._num_steps,
+            mean_rows=self._num_rows / max(1, self._num_steps),
+            num_ignored_rows=self._num_ignored,
+            num_preemptions=scheduler.num_preemptions,
+            cached_share=scheduler.num_cached_tokens / max(1, scheduler.num_prompt_tokens),
+            limiting_stage=int(busy.argmax()),
+            stages=tuple(
+                StageResult(layers=layers, busy_share=float(one / end_ns), bubble_share=float(1 - one / active))
+                for layers, one in zip(split, busy, strict=True)
+            ),
+            real_s=real_s,
+        )
+
+
+def simulate(spec: SimulationSpec, name: str = "") -> SimulationResult:
+    """Run a file once."""
+    return Simulation(spec, name).run()
