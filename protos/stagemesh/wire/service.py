@@ -125,7 +125,7 @@ def _handler(method: MethodDescriptor, behaviour: Behaviour, raw: bool) -> grpc.
 
     async def streaming(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await behaviour(_checked(requests), context)
+            return await behaviour(requests if raw else _checked(requests), context)
         except Exception as error:  # noqa: BLE001 - the boundary: every failure gets a status
             await _abort(context, error, name)
 

@@ -22,6 +22,7 @@ from stagemesh.v1 import admin_pb2
 from stagemesh.wire.address import check_listen, split_address
 from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.logs import setup_logging
+from stagemesh.wire.process import settle
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ async def _serve(config: RouterConfig) -> None:
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
     if metrics:
         log.info("metrics on http://%s/metrics", metrics.address)
+    settle()
     lane = asyncio.create_task(requests.lane.run())
     waiter = asyncio.create_task(stopped.wait())
     try:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from stagemesh.wire.errors import StartupError
 
-_EXTRA_OF_COMMAND = {"stage": "stage", "router": "router", "up": "router,stage"}
+_EXTRA_OF_COMMAND = {
+    "stage": "stage",
+    "router": "router",
+    "up": "router,stage",
+    "simulate": "router",
+    "plan": "router,stage",
+}
 
 
 def missing_extra(error: ModuleNotFoundError, command: str) -> Exception:

@@ -57,7 +57,7 @@ class Requests:
 
 
 def draw(load: Load, lane: LaneSpec) -> Requests:
-    """Draw every request of the load; lengths are cut to the context."""
+    """Draw every request of the load; a prompt is cut to half the context, an answer to a quarter."""
     random = np.random.default_rng(load.seed)
     if load.arrivals == "at_once":
         assert load.requests is not None
@@ -69,11 +69,11 @@ def draw(load: Load, lane: LaneSpec) -> Requests:
         if load.duration is not None:
             arrivals = arrivals[arrivals < load.duration]
     count = len(arrivals)
-    most = lane.max_context // (1 + MAX_TOKENS_FACTOR) if load.stops else lane.max_context // 2
+    longest = lane.max_context // 2
     return Requests(
         arrivals_ns=arrivals,
-        prompts=np.minimum(_lengths(load.prompt, count, random), lane.max_context - MAX_TOKENS_FACTOR * most),
-        outputs=np.minimum(_lengths(load.output, count, random), most),
+        prompts=np.minimum(_lengths(load.prompt, count, random), longest),
+        outputs=np.minimum(_lengths(load.output, count, random), max(1, longest // MAX_TOKENS_FACTOR)),
         stops=random.random(count) < load.stops,
         shared_prefix=load.shared_prefix,
         tokens=random.integers(1, VOCAB, max(_DRAWN, load.shared_prefix) * 2).astype(np.uint32),
@@ -88,4 +88,5 @@ def _lengths(distribution: Distribution, count: int, random: np.random.Generator
     assert distribution.lognormal is not None
     median, sigma = distribution.lognormal
     drawn = np.rint(median * np.exp(sigma * random.standard_normal(count)))
-    return np.clip(drawn, 1, LOGNORMAL_CUT * median).astype(np.int64)
+    cut: Int64 = np.clip(drawn, 1, LOGNORMAL_CUT * median).astype(np.int64)
+    return cut

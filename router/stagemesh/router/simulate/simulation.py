@@ -198,7 +198,9 @@ class Simulation:
             output_tokens_per_s=self._num_output / seconds,
             prompt_tokens_per_s=scheduler.num_prompt_tokens / seconds,
             ttft_ms=Percentiles.of_ns(ttft),
-            inter_token_ms=Percentiles.of_ns(np.concatenate(self._gaps) if self._gaps else np.zeros(0, np.int64)),
+            inter_token_ms=Percentiles.of_ns(
+                np.concatenate(self._gaps) if self._gaps else np.zeros(0, np.int64)
+            ),
             num_steps=self._num_steps,
             mean_rows=self._num_rows / max(1, self._num_steps),
             num_ignored_rows=self._num_ignored,
@@ -206,7 +208,9 @@ class Simulation:
             cached_share=scheduler.num_cached_tokens / max(1, scheduler.num_prompt_tokens),
             limiting_stage=int(busy.argmax()),
             stages=tuple(
-                StageResult(layers=layers, busy_share=float(one / end_ns), bubble_share=float(1 - one / active))
+                StageResult(
+                    layers=layers, busy_share=float(one / end_ns), bubble_share=float(1 - one / active)
+                )
                 for layers, one in zip(split, busy, strict=True)
             ),
             real_s=real_s,

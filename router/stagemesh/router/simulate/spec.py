@@ -257,14 +257,19 @@ def parse(content: Any, name: str) -> SimulationSpec:
         raise ConfigError(f"{name}: {_problem(error)}") from error
 
 
-def read(path: str | Path) -> tuple[SimulationSpec, dict[str, SimulationSpec]]:
-    """A file and its variants."""
+def load_yaml(path: str | Path) -> Any:
+    """What a file says, unchecked."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def read(path: str | Path) -> tuple[SimulationSpec, dict[str, SimulationSpec]]:
+    """A file and its variants."""
+    content = load_yaml(path)
     base = parse(content, str(path))
     return base, {
         name: variant(content, changes, f"{path}: what_if '{name}'") for name, changes in base.what_if.items()
@@ -311,6 +316,3 @@ def _problem(error: ValidationError) -> str:
     if not keys:
         return message
     return f"{'.'.join(keys)}: {message} (got {finding.get('input')!r})"
-
-
-

@@ -33,6 +33,7 @@ from stagemesh.wire.errors import (
     StartupError,
     UnavailableError,
 )
+from stagemesh.wire.process import settle
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class StageLeader:
             self.stats.groups_started += 1
         await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         log.info("%s", load_line(self._plan, group.facts, self._config))
+        settle()
         try:
             what = await group.lost
         finally:

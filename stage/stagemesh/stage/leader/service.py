@@ -116,6 +116,7 @@ class StageService:
     async def Transfer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         received = acknowledged = 0
         async for message in requests:
+            arrival_ns = time.monotonic_ns()
             part = frame.decode(message)
             lane = self._leader.lane(part.epoch)
             expected = lane.expected.get(part.kind)
@@ -127,7 +128,7 @@ class StageService:
             if part.step == 0:
                 expected.set()
             else:
-                self._leader.hand_frame(message, time.monotonic_ns())
+                self._leader.hand_frame(message, arrival_ns)
             if part.step == 0 or received - acknowledged >= CREDIT_BYTES:
                 acknowledged = received
                 await context.write(stage_pb2.TransferResponse(received_bytes=received).SerializeToString())

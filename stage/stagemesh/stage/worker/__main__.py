@@ -21,7 +21,7 @@ from stagemesh.stage.worker.worker import Worker
 from stagemesh.wire.columns import U64, pack
 from stagemesh.wire.errors import ConfigError, StagemeshError
 from stagemesh.wire.logs import setup_logging
-from stagemesh.wire.process import die_with_parent
+from stagemesh.wire.process import die_with_parent, settle
 
 PROGRESS_INTERVAL_S = 0.2
 
@@ -44,6 +44,7 @@ def main() -> int:
         queue.send_multipart([ToLeader.FAILED, f"BUG\0{type(error).__name__}: {error}".encode()])
         return 1
     else:
+        settle()
         worker.serve()
         return 0
     finally:
