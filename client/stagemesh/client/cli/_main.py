@@ -26,7 +26,6 @@ COMMANDS = {
     "chat": "Talk to the model; the conversation is kept.",
     "status": "Show the stages and the state of the mesh.",
     "trace": "Show where the time of a request went, stage by stage.",
-    "plan": "Propose which layers go on which stage, by cost.",
     "simulate": "Run the scheduler over simulated stages, in virtual time.",
     "health": "Ask a router or a stage whether it is ready.",
     "doctor": "Check a node before it joins a mesh.",
