@@ -51,6 +51,7 @@ def test_the_command_has_these_subcommands_and_global_flags() -> None:
         "chat",
         "status",
         "trace",
+        "simulate",
         "health",
         "doctor",
         "stage",

@@ -7,7 +7,6 @@ ZeroMQ's, has three. Nothing here limits how much may wait: a lane's depth does.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
 import socket
 import struct
@@ -20,7 +19,7 @@ from typing import Protocol, TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 _COUNT = struct.Struct("<Q")
-_READ_BYTES = 1 << 18
+READ_BYTES = 1 << 16
 _SOCKET_BYTES = 1 << 20
 _MAX_BUFFERS = 512
 """Of one sendmsg; the kernel takes 1,024."""
@@ -60,6 +59,8 @@ class MessageReader:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        # Made once: memory of this size for each message would come from the kernel and go back to it.
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._rest = b""
         self._large: memoryview | None = None
         """A message that is longer than what was read of it; filled in place."""
@@ -70,25 +71,25 @@ class MessageReader:
         """The oldest whole message, if there is one."""
         return self._whole.popleft() if self._whole else None
 
-    def read(self) -> bool:
-        """Receive once; False if the other end is gone. BlockingIOError says that nothing is there now."""
+    def read(self) -> int:
+        """Receive once: bytes that came, 0 if the other end is gone. BlockingIOError says that nothing is there."""
         try:
             if self._large is not None:
                 return self._fill(self._large)
-            data = self._socket.recv(_READ_BYTES)
+            count = self._socket.recv_into(self._buffer)
         except ConnectionResetError:
-            return False
-        if data:
-            self._split(self._rest + data if self._rest else data)
-        return bool(data)
+            return 0
+        if count:
+            self._split(self._rest + self._buffer[:count])
+        return count
 
-    def _fill(self, large: memoryview) -> bool:
+    def _fill(self, large: memoryview) -> int:
         count = self._socket.recv_into(large[self._filled :])
         self._filled += count
         if self._filled == len(large):
             self._large = None
             self._split(large)
-        return count > 0
+        return count
 
     def _split(self, data: Buffer) -> None:
         view = memoryview(data)
@@ -103,7 +104,7 @@ class MessageReader:
             self._whole.append(parts)
             view = view[length:]
         self._rest = b""
-        if length > _READ_BYTES:
+        if length > READ_BYTES:
             self._large, self._filled = memoryview(bytearray(length)), len(view)
             self._large[: len(view)] = view
         else:
@@ -189,11 +190,12 @@ class LeaderSocket:
             self._flush()
 
     def drain(self) -> list[list[Part]]:
-        """Every message that has come."""
-        with contextlib.suppress(BlockingIOError):
-            while self._reader.read():
-                pass
-            self._loop.remove_reader(self.fileno())
+        """Every message that has come. What is left after a full buffer makes the descriptor readable again."""
+        try:
+            if not self._reader.read():
+                self._loop.remove_reader(self.fileno())
+        except BlockingIOError:
+            return []
         messages = []
         while message := self._reader.pop():
             messages.append(message)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.model.split import split_costs
@@ -15,6 +15,8 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.simulate.units import Bandwidth, Cost, Duration
 from stagemesh.wire.errors import ConfigError
 
+_ALIKE, _LISTED = "alike", "listed"
+"""The two ways of giving stages."""
 _ROUTER_DEFAULTS = RouterConfig.model_fields
 
 
@@ -101,13 +103,14 @@ class LaneSpec(_Section):
     """The lane's settings, named as the router's flags are."""
 
     max_in_flight: int = Field(default=0, ge=0)
-    """0: as many as stages."""
+    """0: chosen by cost."""
     lookahead: int = Field(default=_ROUTER_DEFAULTS["lookahead"].default, ge=0)
     step_tokens: int = Field(default=_ROUTER_DEFAULTS["step_tokens"].default, ge=1)
     max_sequences: int = Field(default=_ROUTER_DEFAULTS["max_sequences"].default, ge=1)
     """For each stage."""
     max_waiting: int = Field(default=_ROUTER_DEFAULTS["max_waiting"].default, ge=1)
     prefix_cache: bool = _ROUTER_DEFAULTS["prefix_cache"].default
+    itl_target_ms: float = Field(default=_ROUTER_DEFAULTS["itl_target_ms"].default, ge=0)
     num_blocks: int = Field(default=1 << 16, ge=1)
     block_size: int = Field(default=16, ge=1)
     max_context: int = Field(default=8192, ge=2)
@@ -165,7 +168,10 @@ class Load(_Section):
 class SimulationSpec(_Section):
     """The whole file."""
 
-    stages: Stages | tuple[Stage, ...]
+    stages: Annotated[
+        Annotated[Stages, Tag(_ALIKE)] | Annotated[tuple[Stage, ...], Tag(_LISTED)],
+        Discriminator(lambda value: _LISTED if isinstance(value, list | tuple) else _ALIKE),
+    ]
     layers: Layers | None = None
     link: Link = Link()
     ring: Link = Link()
@@ -177,22 +183,12 @@ class SimulationSpec(_Section):
     what_if: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Variants by name: keys to change, nested as in the file or with dots."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_kind_of_stages(cls, values: Any) -> Any:
-        # So that a problem in a section is said of that section, and not of every kind it might have been.
-        if isinstance(values, Mapping) and "stages" in values:
-            stages = values["stages"]
-            kind: Any = tuple(stages) if isinstance(stages, list) else stages
-            if isinstance(stages, list) and not stages:
-                raise ValueError("stages: expected at least one")
-            return {**values, "stages": kind}
-        return values
-
     @model_validator(mode="after")
     def _costs_known(self) -> Self:
         stages = self.stages
         if isinstance(stages, tuple):
+            if not stages:
+                raise ValueError("stages: expected at least one")
             return self
         if stages.cost is None and self.layers is None:
             raise ValueError("stages.cost is missing: give it, or `layers` to make stages of")
@@ -306,8 +302,7 @@ def _changed(content: Any, keys: list[str], value: Any, name: str) -> Any:
 
 def _problem(error: ValidationError) -> str:
     finding = error.errors()[0]
-    # Which kind of a union was tried is pydantic's affair.
-    keys = [str(part) for part in finding["loc"] if part not in ("Stages", "tuple[Stage, ...]")]
+    keys = [str(part) for part in finding["loc"] if part not in (_ALIKE, _LISTED)]
     if finding["type"] == "extra_forbidden":
         return f"unknown key '{'.'.join(keys)}'"
     if finding["type"] == "missing":
