@@ -180,7 +180,7 @@ class ScriptedSession:
         self._leave()
 
     def _play(self, script: Script, seen: Received) -> None:
-        request_id = seen.request.request_id
+        request_id, ended = seen.request.request_id, False
         try:
             for one in script(seen.request, self):
                 if self.ended.is_set() or request_id in self.cancelled:
@@ -191,6 +191,9 @@ class ScriptedSession:
                     columns["token_counts"] = [len(one.token_ids)]
                 end = pb.SessionEnd(request_id=request_id, finish_reason=one.finish_reason, usage=one.usage)
                 self._out.put(pb.SessionResponse(ends=[end] if one.finish_reason else [], **columns))
+                ended = ended or bool(one.finish_reason)
+            if not ended and not self.ended.is_set() and request_id not in self.cancelled:
+                self._out.put(pb.SessionResponse(ends=[pb.SessionEnd(request_id=request_id)]))
         except Refused:
             pass
         seen.ended.set()

@@ -24,6 +24,8 @@ from stagemesh.client._readiness import (
     unready_error,
 )
 from stagemesh.client._request import Message, RequestOptions, build_request
+from stagemesh.client._shared import SharedSession
+from stagemesh.client._shared_calls import AsyncSharedCall, OpenSession, open_shared_async
 from stagemesh.client._timeouts import CLIENT_DEFAULT, ClientDefault, call_timeout_s
 from stagemesh.client._types import Completion, ModelInfo
 from stagemesh.v1 import inference_pb2 as pb
@@ -32,6 +34,7 @@ from stagemesh.v1 import inference_pb2 as pb
 class AsyncClient(BaseClient[AsyncTokenStream, AsyncManyStream]):
     """A connection to a mesh, for asyncio; tasks may share it. Close it, or use it in an async with-block.
 
+    A request that is made while others run joins them in one session, which costs the router less.
     Nothing is connected before the first call, and a lost connection is made again by itself. It belongs to
     the event loop of its first call.
     """
@@ -107,6 +110,17 @@ class AsyncClient(BaseClient[AsyncTokenStream, AsyncManyStream]):
 
     def _send_many(self, many: Many, metadata: Metadata) -> AsyncManyStream:
         return AsyncManyStream(many, self._opener(many, metadata), self.address)
+
+    def _is_over(self, call: Any) -> bool:
+        return bool(call.done())
+
+    def _open_shared(self, open_session: OpenSession, metadata: tuple[tuple[str, str], ...]) -> SharedSession:
+        return open_shared_async(open_session, metadata, self.address)
+
+    def _shared_call(
+        self, session: SharedSession, request_id: str, timeout_s: float | None
+    ) -> AsyncSharedCall:
+        return AsyncSharedCall(session, request_id, timeout_s)
 
     def _make_channel(self) -> grpc.aio.Channel:
         if self._credentials is None:

@@ -13,7 +13,7 @@ import grpc
 from stagemesh.client._channel import call_error
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
-from stagemesh.wire.errors import CancelledError
+from stagemesh.wire.errors import CancelledError, StagemeshError
 
 END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
 
@@ -54,7 +54,7 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
                     self._closed.set()
                     break
                 metadata = await self._call.initial_metadata()
-            except grpc.RpcError as error:
+            except (grpc.RpcError, StagemeshError) as error:
                 await self._back_off(error)
             except asyncio.CancelledError as error:
                 # grpc.aio raises it for a cancelled call as well as for a cancelled task.
@@ -71,7 +71,7 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
                 return self._exchange.accept(response, metadata)
         raise StopAsyncIteration
 
-    async def _back_off(self, error: grpc.RpcError) -> None:
+    async def _back_off(self, error: grpc.RpcError | StagemeshError) -> None:
         exchange = self._exchange
         mapped = call_error(error, address=exchange.address, request_id=exchange.request_id)
         delay_s = exchange.retry_delay_s(mapped)

@@ -15,11 +15,14 @@ from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._many import DEFAULT_MAX_LIVE, Many
 from stagemesh.client._request import Message, Prompt, RequestOptions, build_request, build_requests
+from stagemesh.client._shared import SharedSession
 from stagemesh.client._timeouts import CLIENT_DEFAULT, ClientDefault, call_timeout_s
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.v1 import inference_pb2_grpc
 from stagemesh.wire.address import split_address
 
+TRACEPARENT_KEY = "traceparent"
+MAX_TIMEOUT_MS = (1 << 32) - 1
 StreamT = TypeVar("StreamT")
 ManyT = TypeVar("ManyT")
 
@@ -60,6 +63,10 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         self._channel: Any = None
         self._inference: Any = None
         self._health: Any = None
+        self._calls: list[Any] = []
+        """Generate calls that were not over at the last look."""
+        self._shared: SharedSession | None = None
+        """Carries calls that are made while others run."""
 
     def generate(
         self,
@@ -148,12 +155,62 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         )
 
     def _starter(self, metadata: Metadata) -> Callable[[Exchange], Any]:
-        """Starts an attempt of one request."""
-        return lambda exchange: self._call("Generate", exchange.request, exchange.remaining_s(), metadata)
+        """Starts an attempt of one request: a call of its own, or, beside others, a part of a session."""
+
+        def start(exchange: Exchange) -> Any:
+            self._open()
+            sent = tuple(join_metadata(self._metadata, metadata))
+            with self._lock:
+                self._calls = [call for call in self._calls if not self._is_over(call)]
+                if self._calls or (self._shared and self._shared.num_live):
+                    call = self._share(exchange, sent)
+                    if call is not None:
+                        return call
+                exchange.request.ClearField("timeout_ms")
+                call = self._inference.Generate(
+                    exchange.request, timeout=exchange.remaining_s(), metadata=sent
+                )
+                self._calls.append(call)
+                return call
+
+        return start
+
+    def _share(self, exchange: Exchange, metadata: tuple[tuple[str, str], ...]) -> Any:
+        """Start a request on the shared session; None if its metadata needs a call of its own."""
+        traces = [value for key, value in metadata if key == TRACEPARENT_KEY]
+        rest = tuple(pair for pair in metadata if pair[0] != TRACEPARENT_KEY)
+        request, timeout_s = exchange.request, exchange.remaining_s()
+        request.traceparent = traces[-1] if traces else ""
+        request.timeout_ms = 0 if timeout_s is None else min(MAX_TIMEOUT_MS, 1 + int(timeout_s * 1e3))
+        while True:
+            if self._shared is None:
+                self._shared = self._open_shared(
+                    lambda requests: self._inference.Session(requests, metadata=rest), rest
+                )
+            if self._shared.num_live and self._shared.metadata != rest:
+                return None
+            call = self._shared_call(self._shared, exchange.request_id, timeout_s)
+            if self._shared.metadata == rest and self._shared.start(request, call.inbox):
+                return call
+            self._shared = None  # it has hung up
 
     def _opener(self, many: Many, metadata: Metadata) -> Callable[[Any], Any]:
         """Starts a session for many."""
         return lambda requests: self._call("Session", requests, many.remaining_s(), metadata)
+
+    @abstractmethod
+    def _is_over(self, call: Any) -> bool:
+        """Whether a Generate call has its status."""
+
+    @abstractmethod
+    def _open_shared(
+        self, open_session: Callable[[Any], Any], metadata: tuple[tuple[str, str], ...]
+    ) -> SharedSession:
+        """Start the session of concurrent calls, and what reads it."""
+
+    @abstractmethod
+    def _shared_call(self, session: SharedSession, request_id: str, timeout_s: float | None) -> Any:
+        """A request on it, with the face of a Generate call."""
 
     @abstractmethod
     def _make_channel(self) -> Any:

@@ -42,8 +42,12 @@ def join_metadata(source: MetadataSource, extra: Metadata) -> Metadata:
     return (*(source() if callable(source) else source), *extra)
 
 
-def call_error(error: grpc.RpcError, *, address: str, request_id: str = "") -> StagemeshError:
+def call_error(
+    error: grpc.RpcError | StagemeshError, *, address: str, request_id: str = ""
+) -> StagemeshError:
     """The error behind a failed call. Where nothing answered, it names the address."""
+    if isinstance(error, StagemeshError):
+        return error
     mapped = from_rpc_error(error, request_id)
     # Without details no router said it: the words are gRPC's own, long, and the cause comes last.
     trailers: Any = error.trailing_metadata() or ()

@@ -12,6 +12,7 @@ import grpc
 from stagemesh.client._channel import call_error
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
+from stagemesh.wire.errors import StagemeshError
 
 
 class TokenStream(Iterator[Chunk]):
@@ -47,7 +48,7 @@ class TokenStream(Iterator[Chunk]):
             except StopIteration:
                 self._closed.set()
                 raise
-            except grpc.RpcError as error:
+            except (grpc.RpcError, StagemeshError) as error:
                 if self._closed.is_set():
                     break
                 exchange = self._exchange
