@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,6 +17,11 @@ from compose_parts import say
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
+_ORPHAN_TIMEOUT_S = 20.0
+_PID_FILES = {
+    Path("/var/run/docker.pid"): "dockerd",
+    Path("/var/run/docker/containerd/containerd.pid"): "containerd",
+}
 # Debian's client and engine fit; a newer client elsewhere on the path may want plugins that are not there.
 SEARCH_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
 
@@ -37,16 +43,21 @@ def engine() -> Iterator[str]:
         try:
             yield f"a Docker engine of our own, {_about()}"
         finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     """dockerd with the machine's iptables, or with the legacy ones where the kernel wants those."""
+    _clear_after_a_kill()
     errors = []
     for path in (SEARCH_PATH, f"{_legacy_iptables(folder)}:{SEARCH_PATH}"):
         log = folder / "dockerd.log"
@@ -64,13 +75,31 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
             if _answers():
                 return process
             time.sleep(0.3)
-        process.kill()
-        process.wait()
+        _stop(process)
         errors.append("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
         say(f"dockerd did not start with PATH={path}")
     raise CommandError(
         "dockerd does not start; its last lines, with either iptables:\n" + "\n\n".join(errors)
     )
+
+
+def _clear_after_a_kill() -> None:
+    """Forget an engine that was killed: its files name processes that are gone, or whose number another has now."""
+    for file, program in _PID_FILES.items():
+        pid = file.read_text().strip() if file.exists() else ""
+        if not pid.isdigit():
+            continue
+        try:
+            name = Path("/proc", pid, "comm").read_text().strip()
+        except OSError:
+            name = ""
+        if name != program:
+            file.unlink()
+        elif program == "containerd":  # its engine is gone and cannot end it any more
+            os.kill(int(pid), signal.SIGTERM)
+            deadline = time.monotonic() + _ORPHAN_TIMEOUT_S
+            while Path("/proc", pid).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
 
 
 def _legacy_iptables(folder: Path) -> Path:
