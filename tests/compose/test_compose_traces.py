@@ -10,6 +10,8 @@ from compose_traces import SeenSpan, request_root, wait_for_spans
 pytestmark = pytest.mark.compose
 
 STAGES = {0, 1, 2}
+CLOCKS_NS = 20_000_000
+"""How far the router's estimate of a stage's clock may be off on a machine that has other work."""
 
 
 def of_trace(found: list[SeenSpan], trace_id: str, name: str) -> list[SeenSpan]:
@@ -34,7 +36,8 @@ def test_a_request_has_a_span_for_every_stage_under_one_trace_id(mesh: Project) 
     assert root is not None
     for name in ("prefill", "decode"):
         spans = of_trace(found, root.trace_id, name)
-        assert all(span.start_ns >= root.start_ns and span.end_ns <= root.end_ns for span in spans)
+        assert all(span.start_ns >= root.start_ns - CLOCKS_NS for span in spans)
+        assert all(span.end_ns <= root.end_ns + CLOCKS_NS for span in spans)
         assert all(span.end_ns > span.start_ns for span in spans)
         assert all(span.attributes["stagemesh.compute_ms"] > 0 for span in spans)
 
