@@ -86,7 +86,10 @@ def test_a_dead_peer_hangs_nobody(
     assert all(end in (None, grpc.StatusCode.UNAVAILABLE) for end in ends), ends
     wait_for(lambda: not is_alive(victim), f"the end of worker {victim}", RECOVERY_S)
     wait_for(lambda: replaced(mesh, stage, victim), f"a worker in place of {victim}", RECOVERY_S)
-    print(f"survivor {'kept' if mesh.worker_pids()[1 - stage][0] == survivor else 'replaced'}")
+    if mesh.worker_pids()[1 - stage][0] == survivor:
+        print("survivor kept")
+    else:
+        print(f"survivor replaced: {mesh.stages[1 - stage].log.read_text()[-2000:]}")
     check_answer(mesh, reference)
 
 

@@ -17,7 +17,7 @@ StageLostError StagemeshError StartupError TokenStream UnavailableError Unimplem
 FLAGS = {
     "up": """
         --admin --api-workers --block-size --config --cuda-graphs --debug-logits --device --dtype --gpus
-        --heartbeat-timeout-s --insecure --max-graph-rows --max-step-tokens --nccl-links --no-cuda-graphs
+        --head-share --heartbeat-timeout-s --insecure --max-graph-rows --max-step-tokens --nccl-links --no-cuda-graphs
         --no-nccl-links --no-symmetric-memory --symmetric-memory
         --kv-memory --linears --link-timeout-s --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics

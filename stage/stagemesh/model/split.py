@@ -51,18 +51,19 @@ def parse_layers(text: str, num_layers: int | None = None) -> range:
     return range(begin, end)
 
 
-def split_layers(config: ModelConfig, num_stages: int) -> tuple[range, ...]:
+def split_layers(config: ModelConfig, num_stages: int, head_share: float = 1.0) -> tuple[range, ...]:
     """Cuts the model's layers into contiguous ranges, a stage each, with the cheapest most expensive stage.
 
     The unit of cost is a weight, which is both bytes read and multiply-adds of a decode step: a layer's own,
     and the head's on the last stage. The embedding counts as nothing: a step reads one row of it per token.
-    Not modelled: attention over the context (alike on all layers) and the head's smaller share in prefill.
+    Not modelled: attention over the context (alike on all layers). In prefill the head is next to nothing, since it
+    computes sampled rows only: `head_share` of its weights count.
 
     Raises:
         ConfigError: Fewer than one stage, or more stages than layers.
     """
     costs = [config.layer_parameters] * config.num_layers
-    costs[-1] += config.head_parameters
+    costs[-1] += round(config.head_parameters * head_share)
     return split_costs(costs, num_stages)
 
 

@@ -20,6 +20,12 @@ class StageConfig(BaseModel):
     layers: str | None = Field(
         default=None, description="Layers BEGIN:END, half-open; overrides the split by cost."
     )
+    head_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=4,
+        description="Of the head's weights that count when layers are split; less where much is prefill.",
+    )
     tp: int = Field(default=1, ge=1, description="Tensor-parallel ranks, a worker process each.")
     listen: str = Field(default="127.0.0.1:50061", description="Address of the stage's gRPC server.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the workers compute.")

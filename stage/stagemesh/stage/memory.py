@@ -33,13 +33,13 @@ class MemoryNeeds:
     block_size: int
     itemsize: int
     """Bytes of an element of weights, activations and KV."""
-    logit_bytes: int = 16
-    """For each logit: as computed, in float32, with noise, and what an arg-max or a sort of them takes."""
+    logit_bytes: int = 6
+    """For each logit: itself in float32, and what a sort of a part of them takes."""
     context_bytes: int = 640 * MIB
     """The CUDA context, loaded kernels, cuBLAS and NCCL."""
     workspace_bytes: int = 512 * MIB
     """Of attention and all-reduce."""
-    graph_bytes: int = 256 * MIB
+    graph_bytes: int = 128 * MIB
     """Of the captured graphs."""
 
 

@@ -89,6 +89,11 @@ class DeviceStep:
         self.linked = False
         self.sent_bytes = 0
 
+    def microseconds_after(self, earlier: DeviceStep) -> float:
+        """From the end of an earlier step to the moment this one had its inputs, by the device's clock."""
+        self._slot.begun.synchronize()
+        return earlier._slot.ended.elapsed_time(self._slot.begun) * 1e3
+
     def wait(self) -> StepOutput:
         slot = self._slot
         slot.ended.synchronize()

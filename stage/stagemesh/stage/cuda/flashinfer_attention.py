@@ -20,15 +20,12 @@ from stagemesh.stage.cuda.attention import DeviceAttention, HeadShape, StepColum
 from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.columns import RowPlan
 from stagemesh.stage.cuda.staging import StagingSlot
+from stagemesh.stage.cuda.workspace import workspace_bytes
 
 PLAN_BYTES = 1 << 20
 """Of a plan: a few numbers for each tile of queries."""
 NON_CAUSAL, CAUSAL = 0, 1
 NHD = 0
-DECODE_TILE = 16
-PREFILL_TILE = 128
-MAX_SPLIT_CTAS = 2 * 160
-"""Two for each multiprocessor, of a device larger than those there are."""
 
 
 class FlashInferAttention(DeviceAttention):
@@ -54,7 +51,9 @@ class FlashInferAttention(DeviceAttention):
         self.name = f"flashinfer {_version()} fa2"
         self._scale = shape.head_dim**-0.5
         self._float_workspace = torch.empty(
-            workspace_bytes(shape, max_rows), dtype=torch.uint8, device=device
+            workspace_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim, max_rows),
+            dtype=torch.uint8,
+            device=device,
         )
         self._decode_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         self._prefill_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
@@ -203,15 +202,6 @@ class FlashInferAttention(DeviceAttention):
             1.0,
             0,
         )
-
-
-def workspace_bytes(shape: HeadShape, max_rows: int) -> int:
-    """Bytes of partial results where contexts are split: decode graphs of max_rows rows, or any prefill."""
-    group = shape.num_heads // shape.num_kv_heads
-    tiles = max(-(-max_rows * group // DECODE_TILE) + max_rows, MAX_SPLIT_CTAS // shape.num_kv_heads + 1)
-    decode = shape.num_heads * tiles * DECODE_TILE
-    prefill = shape.num_heads * (MAX_SPLIT_CTAS // shape.num_kv_heads + 1) * PREFILL_TILE
-    return max(decode, prefill) * (shape.head_dim + 1) * 4 + (1 << 16)
 
 
 def _version() -> str:

@@ -77,9 +77,13 @@ class _Link:
     def each(self, enqueue: Callable[[Any], None]) -> None:
         """Enqueue on every communicator; nothing on a link that was broken off."""
         with self.lock:
-            if not self.broken:
+            if self.broken:
+                return
+            try:
                 for comm in self.comms:
                     enqueue(comm)
+            except Exception as error:  # cupy knows not every status of NCCL by name
+                raise StageLostError(f"NCCL takes nothing more: {error!r}", reason="LINK_FAILED") from error
 
     def check(self) -> None:
         """Raises what NCCL found meanwhile. Not where the launch thread is inside NCCL: it will find out itself."""
@@ -240,9 +244,9 @@ class NcclLinks(DeviceLinks):
         for (kind, _), link in list(self._links.items()):
             try:
                 link.check()
-            except self._nccl.NcclError as error:
+            except Exception as error:  # noqa: BLE001 - cupy knows not every status of NCCL by name
                 name = stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
-                return f"the {name} link failed: {error}"
+                return f"the {name} link failed: {error!r}"
         return ""
 
     def send_buffer(self, index: int, count: int) -> torch.Tensor:

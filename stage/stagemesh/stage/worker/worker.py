@@ -27,7 +27,7 @@ from stagemesh.stage.worker.watchdog import Watchdog
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import frame
 from stagemesh.wire.columns import F32, U32, U64, pack, unpack
-from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.errors import StageLostError, StagemeshError
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ class Worker:
             try:
                 self._handle(ToWorker(kind.bytes), parts)
                 self._run_ready()
+            except StageLostError as error:
+                self._break(str(error))
             except StagemeshError as error:
                 self._refuse(error)
 
@@ -160,7 +162,7 @@ class Worker:
         self._say(ToLeader.CONNECTED, where, problem.encode())
 
     def _break(self, what: str) -> None:
-        """A link failed, or a step hangs in one: the lane is over (rule 8). Called by the watchdog."""
+        """A link failed, or a step hangs in one: the lane is over (rule 8)."""
         lane, self._lane = self._lane, None
         if lane is None:
             return

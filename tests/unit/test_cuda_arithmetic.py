@@ -1,0 +1,150 @@
+"""The parts of the CUDA engine that are plain arithmetic."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from batches_for_tests import batch
+
+from stagemesh.router.lane.forming import choose_transport
+from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets
+from stagemesh.stage.cuda.columns import Layout, fill, plan_rows
+from stagemesh.stage.cuda.environment import cuda_environment
+from stagemesh.stage.engine.interface import CompleteStep, NoLinks, StepOutput
+from stagemesh.stage.gpus import Gpu, pick_gpus
+from stagemesh.stage.worker.results import LaunchedStep, ResultThread
+from stagemesh.stage.worker.watchdog import Watchdog
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.errors import ConfigError
+
+
+def test_every_number_of_rows_has_a_bucket_that_wastes_little() -> None:
+    buckets = graph_buckets(512)
+    assert buckets[:5] == (1, 2, 4, 8, 16)
+    assert buckets[-1] == 512
+    for rows in range(1, 513):
+        bucket = bucket_for(buckets, rows)
+        assert bucket is not None
+        assert rows <= bucket <= max(rows * 2 - 1, rows + rows // 2)
+    assert bucket_for(buckets, 513) is None
+    assert graph_buckets(3) == (1, 2, 3)
+
+
+def test_columns_are_aligned_and_do_not_overlap() -> None:
+    layout = Layout(tokens=7, rows=3, samples=2, changes=5)
+    end = 0
+    for part in layout.columns.values():
+        assert part.start >= end
+        assert part.start % 4 == 0
+        end = part.stop
+    assert layout.size == end
+
+
+def test_a_step_fills_its_columns_and_the_rest_is_harmless() -> None:
+    # Block size 4: a decode at position 5, a prompt's chunk of 3 from position 2.
+    step = batch([(5, 1, [8, 9]), (2, 3, [3, 4])], 4)
+    layout = Layout(tokens=6, rows=4, samples=4, changes=1)
+    buffer = np.full(layout.size, 77, np.int32)
+    rows = plan_rows(step, 4)
+    fill(
+        buffer,
+        layout,
+        step,
+        rows,
+        np.array([10, 11, 12, -1 - 6]),
+        block_size=4,
+        scratch_cell=1000,
+        scratch_slot=50,
+    )
+    column = {name: buffer[part].tolist() for name, part in layout.columns.items()}
+    assert column["tokens"] == [10, 11, 12, -7, 0, 0]
+    assert column["positions"] == [5, 2, 3, 4, 0, 0]
+    assert column["cells"] == [37, 14, 15, 16, 1000, 1000]
+    assert column["token_slots"] == [0, 1, 1, 1, 50, 50]
+    assert column["kv_begins"] == [0, 2, 4, 4, 4]
+    assert column["last_page"] == [2, 1, 1, 1]
+    assert column["prefill_begins"][:2] == [0, 3]
+    assert column["sampled_rows"] == [0, 3, 0, 0]
+    assert column["sampled_slots"] == [0, 1, 50, 50]
+    assert column["change_slots"] == [-1]
+    assert (rows.num_decodes, rows.num_rows) == (1, 2)
+
+
+def test_single_positions_behind_a_chunk_count_as_prefill() -> None:
+    rows = plan_rows(batch([(0, 2, [1]), (5, 1, [8, 9])], 4), 4)
+    assert rows.num_decodes == 0
+    assert rows.prefill_begins.tolist() == [0, 2, 3]
+
+
+def test_gpus_of_ranks() -> None:
+    there = (Gpu(0, "a", 1), Gpu(1, "b", 2))
+    assert [gpu.index for gpu in pick_gpus("", 2, there)] == [0, 1]
+    assert [gpu.index for gpu in pick_gpus("1,1", 2, there)] == [1, 1]
+    for wanted, ranks in (("", 3), ("2", 1), ("0", 2), ("x", 1)):
+        with pytest.raises(ConfigError):
+            pick_gpus(wanted, ranks, there)
+
+
+def test_multicast_stays_off_whatever_the_environment_says() -> None:
+    environment = cuda_environment({"NCCL_NVLS_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+    assert environment["NCCL_NVLS_ENABLE"] == "0"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def stage(index: int, transports: list[str], gpu: str) -> StageLink:
+    link = StageLink.__new__(StageLink)
+    link.index, link.address = index, f"host:{index}"
+    link.description = stage_pb2.DescribeResponse(transports=transports)
+    link.description.ranks.add(gpu_id=gpu)
+    return link
+
+
+def test_the_transport_and_why_it_is_no_better() -> None:
+    both = ["nccl", "grpc"]
+    assert choose_transport(stage(0, both, "a"), stage(1, both, "b")) == ("nccl", "best on both ends")
+    transport, reason = choose_transport(stage(0, both, "a"), stage(1, ["grpc"], ""))
+    assert (transport, reason) == ("grpc", "no nccl on stage 1 (host:1)")
+    transport, reason = choose_transport(stage(0, both, "a"), stage(1, both, "a"))
+    assert transport == "grpc"
+    assert "joins no GPU to itself" in reason
+
+
+def test_results_come_in_order_and_an_error_ends_them() -> None:
+    seen: list[int] = []
+    errors: list[BaseException] = []
+
+    def finish(step: LaunchedStep) -> None:
+        if step.number == 3:
+            raise RuntimeError("device lost")
+        seen.append(step.number)
+
+    results = ResultThread(finish, errors.append)
+    for number in (1, 2, 3, 4):
+        results.add(launched(number, time.monotonic_ns()))
+    deadline = time.monotonic() + 10
+    while not errors and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen == [1, 2]
+    assert [str(error) for error in errors] == ["device lost"]
+
+
+def launched(number: int, launched_ns: int) -> LaunchedStep:
+    return LaunchedStep(None, 0, 0, number, launched_ns, CompleteStep(StepOutput()))  # type: ignore[arg-type]
+
+
+class BadLinks(NoLinks):
+    def check(self) -> str:
+        return "the ring link failed: remote process exited"
+
+
+def test_the_watchdog_finds_an_overdue_step_and_a_failed_link() -> None:
+    results = ResultThread(lambda step: None, lambda error: None)
+    watchdog = Watchdog(results, NoLinks(), 5.0, lambda what: None)
+    assert watchdog.find(10**12) == ""
+    results._oldest = launched(7, 0)
+    assert watchdog.find(4 * 10**9) == ""
+    assert watchdog.find(6 * 10**9) == "step 7 has not ended on the device after 5 s"
+    assert "remote process" in Watchdog(results, BadLinks(), 60.0, lambda what: None).find(10**9)
