@@ -55,7 +55,10 @@ def test_two_kv_blocks_swapped(
         if not swapped and batch.number > 6 and len(batch.slots) > 1:
             one, other = (slice(block * 8, block * 8 + 8) for block in batch.tables[:2, 0].tolist())
             cells = attention._cache
-            cells[:, :, one], cells[:, :, other] = cells[:, :, other].clone(), cells[:, :, one].clone()
+            cells[..., one, :], cells[..., other, :] = (
+                cells[..., other, :].clone(),
+                cells[..., one, :].clone(),
+            )
             swapped.append(batch.number)
         honest(attention, batch)
 

@@ -161,5 +161,6 @@ def test_only_the_cells_of_the_step_are_written() -> None:
     attention.attend(
         1, torch.randn(3, HEADS, DIM), torch.randn(3, KV_HEADS, DIM), torch.randn(3, KV_HEADS, DIM)
     )
-    changed = (attention._cache.nan_to_num(9e9) != before.nan_to_num(9e9)).any(dim=-1).any(dim=-1)
+    # [layers, 2, kv_heads, cells, head_dim]
+    changed = (attention._cache.nan_to_num(9e9) != before.nan_to_num(9e9)).any(dim=-1).any(dim=2)
     assert changed.nonzero().tolist() == [[1, kind, cell] for kind in (0, 1) for cell in (11, 28, 29)]

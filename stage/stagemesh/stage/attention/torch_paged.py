@@ -1,9 +1,10 @@
-"""Paged attention with torch's scaled_dot_product_attention, for CPU stages.
+"""Paged attention with torch's operators, for CPU stages.
 
-Torch has no paged kernel for the CPU, so blocks are gathered into a dense [rows, length] cache for the
-rows of a group. Two things keep that cheap: rows of like length share a group, so that little is
-padding; and a sequence whose blocks lie one after the other (the router's allocator prefers that) is a
-view and is not copied at all.
+Torch has no paged kernel for the CPU, so blocks are gathered into dense keys and values of the rows of a
+group. What keeps that cheap: rows of like length share a group, so that little is padding; keys and values
+of a group are gathered at once, into memory that is used again at every layer and still in the cache when
+it is multiplied; and a lone row whose blocks lie one after the other (the router's allocator prefers that)
+is a view and is not copied at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from stagemesh.stage.engine.batch import Batch
 
 MAX_PADDING = 1.5
 """A decode group's longest context over its shortest, at most (in blocks)."""
+GATHERED_BYTES = 8 << 20
+"""Keys and values that a group of several rows gathers, at most: more would not stay in the CPU's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,16 @@ class _DecodeGroup:
 
     rows: torch.Tensor | slice
     """Flat positions, [B]; a slice where they are consecutive."""
-    blocks: torch.Tensor
-    """[B * width] block ids."""
+    num_rows: int
+    """B."""
+    pieces: torch.Tensor
+    """Where the blocks of each row are, for the keys of each head, then the values: [2 * kv_heads * B * width]."""
     first_cell: int | None
     """Where the cache of a single row with consecutive blocks starts."""
     length: int
     """Cells of the padded context."""
-    mask: torch.Tensor | None
-    """Added to the scores, [B, 1, 1, length]; None if nothing is padding."""
+    mask: torch.Tensor
+    """Added to the scores, [kv_heads * B, group, length]; one zero if nothing is padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ class _Prefill:
     end: int
     start: int
     """Positions already in the cache."""
-    blocks: torch.Tensor
+    pieces: torch.Tensor
+    """As of a decode group."""
     first_cell: int | None
     mask: torch.Tensor | None
     """Added to the scores, [count, start + count]; None where the row starts its sequence and plain causal masking does."""
@@ -74,15 +80,25 @@ class TorchPagedAttention:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        # Uninitialized on purpose: pages that no sequence reached cost no memory.
-        cells = (num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim)
-        self._cache = torch.empty(cells, dtype=dtype)
-        # [layers, 2, blocks, ...]: numpy clears a few blocks ten times faster than torch's index_fill.
-        self._block_bytes = self._cache.unflatten(2, (-1, block_size)).view(torch.uint8).numpy()
+        # Head by head, so that the cells of a head are a matrix. Uninitialized on purpose: pages that no
+        # sequence reached cost no memory.
+        shape = (num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim)
+        self._cache = torch.empty(shape, dtype=dtype)
+        # [layers, 2, kv_heads, blocks, ...]: numpy clears a few blocks ten times faster than index_fill.
+        self._block_bytes = self._cache.unflatten(3, (-1, block_size)).view(torch.uint8).numpy()
+        # Views made once: making one costs as much as a small product.
+        self._keys = list(self._cache[:, 0])
+        self._values = list(self._cache[:, 1])
+        # A block of one head's keys, or values, is a piece; a flat list of them is gathered twice as fast.
+        self._pieces = list(self._cache.view(num_layers, -1, block_size * head_dim))
+        self._heads_begin = np.arange(2 * num_kv_heads)[:, None] * num_blocks
+        self._gathered = torch.empty(0, 0, dtype=dtype)
+        self._no_mask = torch.zeros(1, 1, 1, dtype=dtype)
         self._block_size = block_size
         self._num_kv_heads = num_kv_heads
         self._group = num_heads // num_kv_heads
         self._head_dim = head_dim
+        self._scale = head_dim**-0.5
         self._cells = torch.empty(0, dtype=torch.int64)
         self._decodes: list[_DecodeGroup] = []
         self._prefills: list[_Prefill] = []
@@ -100,26 +116,22 @@ class TorchPagedAttention:
         self._decodes = self._plan_decodes(batch, np.flatnonzero(batch.counts == 1))
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        keys, values = self._cache[layer, 0], self._cache[layer, 1]
-        keys.index_copy_(0, self._cells, key)
-        values.index_copy_(0, self._cells, value)
+        self._keys[layer].index_copy_(1, self._cells, key.transpose(0, 1))
+        self._values[layer].index_copy_(1, self._cells, value.transpose(0, 1))
         if len(self._decodes) == 1 and not self._prefills:
-            return self._attend_decode(self._decodes[0], query, keys, values).view(query.shape[0], -1)
-        out = torch.empty_like(query)
+            return self._attend_decode(layer, self._decodes[0], query)
+        out = query.new_empty(query.shape[0], query.shape[1] * self._head_dim)
         for group in self._decodes:
-            out[group.rows] = self._attend_decode(group, query[group.rows], keys, values)
+            out[group.rows] = self._attend_decode(layer, group, query[group.rows])
         for row in self._prefills:
             part = slice(row.begin, row.end)
             if row.start == 0:
-                context = (key[part], value[part])
+                context = (key[part].transpose(0, 1), value[part].transpose(0, 1))
             else:
                 length = row.start + row.end - row.begin
-                context = (
-                    self._context(keys, row.blocks, row.first_cell, length),
-                    self._context(values, row.blocks, row.first_cell, length),
-                )
+                context = self._context(layer, row.pieces, row.first_cell, length)
             out[part] = self._attend_prefill(row, query[part], *context)
-        return out.view(out.shape[0], -1)
+        return out
 
     def _clear_entered_blocks(self, batch: Batch) -> None:
         """Zero a block that a row enters and does not fill. A mask hides unwritten cells, but not a NaN in
@@ -129,7 +141,7 @@ class TorchPagedAttention:
         last = (ends - 1) // self._block_size
         entered = np.flatnonzero((last * self._block_size >= batch.starts) & (ends % self._block_size > 0))
         if len(entered):
-            self._block_bytes[:, :, batch.tables[entered, last[entered]]] = 0
+            self._block_bytes[:, :, :, batch.tables[entered, last[entered]]] = 0
 
     def _plan_decodes(self, batch: Batch, rows: np.ndarray) -> list[_DecodeGroup]:
         if not len(rows):
@@ -139,13 +151,18 @@ class TorchPagedAttention:
         order = np.argsort(widths, kind="stable")
         groups, begin = [], 0
         for end in range(1, len(order) + 1):
-            if end == len(order) or widths[order[end]] > MAX_PADDING * widths[order[begin]] + 1:
+            if end == len(order) or not self._fits(widths[order[begin]], widths[order[end]], end - begin + 1):
                 members = np.sort(order[begin:end])
                 groups.append(
                     self._decode_group(batch, rows[members], lengths[members], int(widths[members].max()))
                 )
                 begin = end
         return groups
+
+    def _fits(self, narrowest: int, widest: int, num_rows: int) -> bool:
+        """Whether that many rows, padded to the widest, may be one group."""
+        block_bytes = 2 * self._num_kv_heads * self._block_size * self._head_dim * self._cache.itemsize
+        return widest <= MAX_PADDING * narrowest + 1 and num_rows * widest * block_bytes <= GATHERED_BYTES
 
     def _decode_group(self, batch: Batch, rows: np.ndarray, lengths: np.ndarray, width: int) -> _DecodeGroup:
         flat = batch.offsets[rows]
@@ -157,15 +174,15 @@ class TorchPagedAttention:
         tables = np.where(own, tables, tables[:, :1])
         first_cell = self._first_cell(tables[0]) if len(rows) == 1 else None
         length = int(lengths.max()) if first_cell is not None else width * self._block_size
-        mask = None
+        mask = self._no_mask
         if (lengths != length).any():
-            own_cells = torch.from_numpy(np.arange(length) < lengths[:, None])
-            # Of numbers, not bool: torch would turn a bool mask into one at every layer.
-            mask = torch.zeros(own_cells.shape, dtype=self._cache.dtype).masked_fill_(~own_cells, -torch.inf)
-            mask = mask.view(len(rows), 1, 1, length)
+            padding = torch.from_numpy(np.arange(length) >= lengths[:, None])
+            mask = torch.zeros(padding.shape, dtype=self._cache.dtype).masked_fill_(padding, -torch.inf)
+            mask = mask.unsqueeze(1).expand(self._num_kv_heads, -1, self._group, -1).flatten(0, 1)
         return _DecodeGroup(
             rows=slice(int(flat[0]), int(flat[-1]) + 1) if consecutive else torch.from_numpy(flat),
-            blocks=torch.from_numpy(tables.astype(np.int64).ravel()),
+            num_rows=len(rows),
+            pieces=self._pieces_of(tables),
             first_cell=first_cell,
             length=length,
             mask=mask,
@@ -183,7 +200,7 @@ class TorchPagedAttention:
             begin=begin,
             end=begin + count,
             start=start,
-            blocks=torch.from_numpy(table.astype(np.int64)),
+            pieces=self._pieces_of(table),
             first_cell=self._first_cell(table),
             mask=mask,
         )
@@ -192,49 +209,54 @@ class TorchPagedAttention:
         return int(table[0]) * self._block_size if bool((np.diff(table) == 1).all()) else None
 
     def _context(
-        self, cells: torch.Tensor, blocks: torch.Tensor, first_cell: int | None, length: int
-    ) -> torch.Tensor:
-        """[length, kv_heads, head_dim] of one sequence; a view where its blocks are consecutive."""
+        self, layer: int, pieces: torch.Tensor, first_cell: int | None, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one sequence, [kv_heads, length, head_dim]; views where its blocks are consecutive."""
         if first_cell is not None:
-            return cells[first_cell : first_cell + length]
-        return self._gather(cells, blocks)[:length]
+            part = slice(first_cell, first_cell + length)
+            return self._keys[layer][:, part], self._values[layer][:, part]
+        keys, values = self._gather(layer, pieces)
+        return keys[:, :length], values[:, :length]
 
-    def _gather(self, cells: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        whole = cells.view(-1, self._block_size, self._num_kv_heads, self._head_dim)
-        return whole.index_select(0, blocks).view(-1, self._num_kv_heads, self._head_dim)
+    def _pieces_of(self, blocks: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy((self._heads_begin + blocks.ravel()).ravel())
 
-    def _attend_decode(
-        self, group: _DecodeGroup, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        rows = query.shape[0]
-        # The heads of a KV group become query positions of one head, so that keys need no expansion.
-        grouped = query.view(rows, self._num_kv_heads, self._group, self._head_dim)
-        shape = (rows, group.length, self._num_kv_heads, self._head_dim)
-        if group.first_cell is not None:
-            part = slice(group.first_cell, group.first_cell + group.length)
-            key, value = keys[part].view(shape), values[part].view(shape)
-        else:
-            key, value = (
-                self._gather(keys, group.blocks).view(shape),
-                self._gather(values, group.blocks).view(shape),
-            )
-        mask = (
-            group.mask.expand(rows, self._num_kv_heads, self._group, -1) if group.mask is not None else None
-        )
-        out = F.scaled_dot_product_attention(
-            grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-        )
-        return out.reshape(rows, -1, self._head_dim)
+    def _gather(self, layer: int, pieces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [kv_heads, blocks * block_size, head_dim] each, valid until the next call."""
+        width = self._block_size * self._head_dim
+        if len(self._gathered) < len(pieces):
+            self._gathered = self._cache.new_empty(len(pieces) * 5 // 4, width)
+        out = self._gathered[: len(pieces)]
+        torch.index_select(self._pieces[layer], 0, pieces, out=out)
+        keys, values = out.view(2, self._num_kv_heads, -1, self._head_dim).unbind()
+        return keys, values
+
+    def _attend_decode(self, layer: int, group: _DecodeGroup, query: torch.Tensor) -> torch.Tensor:
+        """[B, heads, head_dim] to [B, heads * head_dim]. The heads of a KV group are the rows of one product."""
+        keys, values = self._context(layer, group.pieces, group.first_cell, group.num_rows * group.length)
+        # A product for each KV head and row: [kv_heads * B, group or length, head_dim].
+        batch = self._num_kv_heads * group.num_rows
+        heads = (group.num_rows, self._num_kv_heads, self._group, self._head_dim)
+        grouped = query.reshape(heads).transpose(0, 1).reshape(batch, self._group, self._head_dim)
+        keys = keys.reshape(batch, group.length, self._head_dim)
+        values = values.reshape(batch, group.length, self._head_dim)
+        if query.dtype == torch.float32:  # a third faster than torch's fused operator, for so few queries
+            scores = torch.baddbmm(group.mask, grouped, keys.transpose(1, 2), alpha=self._scale)
+            out = torch.bmm(scores.softmax(-1), values)
+        else:  # which keeps scores in float32
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask)
+        return out.view(self._num_kv_heads, group.num_rows, -1).transpose(0, 1).reshape(group.num_rows, -1)
 
     def _attend_prefill(
         self, row: _Prefill, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
+        """[n, heads, head_dim] after keys and values [kv_heads, m, head_dim], to [n, heads * head_dim]."""
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
-            key.transpose(0, 1).unsqueeze(0),
-            value.transpose(0, 1).unsqueeze(0),
+            key.unsqueeze(0),
+            value.unsqueeze(0),
             attn_mask=row.mask,
             is_causal=row.mask is None,
             enable_gqa=self._group > 1,
         )
-        return out.squeeze(0).transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1).flatten(1)
