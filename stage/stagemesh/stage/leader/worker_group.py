@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stagemesh.stage import host_memory
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.cuda.environment import cuda_environment
 from stagemesh.stage.engine.interface import RankFacts
@@ -52,6 +53,8 @@ class WorkerGroup:
         self._on_message = on_message
         self._on_progress = on_progress
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-")
+        shares_memory = config.tp > 1 and not cuda and host_memory.is_available()
+        self._memory = host_memory.create(config.tp) if shares_memory else None
         self._queues: list[LeaderSocket] = []
         self._processes: list[asyncio.subprocess.Process] = []
         self._watchers: list[asyncio.Task[None]] = []
@@ -107,6 +110,8 @@ class WorkerGroup:
         for queue in self._queues:
             queue.close()
         self._folder.cleanup()
+        if self._memory is not None:
+            os.close(self._memory)
         if not self._ready.done():
             self._ready.cancel()
 
@@ -116,6 +121,7 @@ class WorkerGroup:
             leader_pid=os.getpid(),
             queue=queue,
             store=str(Path(self._folder.name) / "store"),
+            memory=self._memory,
             config=self._config,
         )
         threads = str(self._config.num_threads)
@@ -137,7 +143,7 @@ class WorkerGroup:
             "stagemesh.stage.worker",
             spec.model_dump_json(),
             env=environment,
-            pass_fds=(queue,),
+            pass_fds=(queue,) if self._memory is None else (queue, self._memory),
         )
 
     async def _watch(self, rank: int) -> None:

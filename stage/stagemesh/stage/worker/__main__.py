@@ -98,7 +98,11 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Eng
     torch.set_num_threads(spec.config.num_threads)
     imported = time.perf_counter()
     group = RankGroup.connect(
-        spec.rank, spec.config.tp, Path(spec.store), timeout_s=spec.config.group_timeout_s
+        spec.rank,
+        spec.config.tp,
+        Path(spec.store),
+        timeout_s=spec.config.group_timeout_s,
+        memory=spec.memory,
     )
     last_said = 0.0
 

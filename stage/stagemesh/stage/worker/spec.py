@@ -18,4 +18,6 @@ class WorkerSpec(BaseModel):
     """Descriptor of its end of the local queue."""
     store: str
     """File where the ranks of the group meet."""
+    memory: int | None
+    """Descriptor of memory that the ranks share; None: they talk over NCCL or gloo."""
     config: StageConfig
