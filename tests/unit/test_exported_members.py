@@ -26,12 +26,14 @@ FLAGS = {
         --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp --trace
     """,
     "generate": """
-        --address --ignore-eos --json --max-tokens --priority --request-id --seed --temperature --timeout
-        --token-ids --top-k --top-p
+        --address --admin --ignore-eos --json --max-tokens --priority --request-id --seed --temperature --timeout
+        --token-ids --top-k --top-p --trace
     """,
     "chat": "--address --max-tokens --seed --system --temperature --timeout --top-k --top-p",
     "status": "--admin --interval --json --watch",
     "trace": "--admin --json",
+    "top": "--admin --count --interval",
+    "timeline": "--admin --output --seconds",
 }
 
 
@@ -51,6 +53,8 @@ def test_the_command_has_these_subcommands_and_global_flags() -> None:
         "chat",
         "status",
         "trace",
+        "top",
+        "timeline",
         "simulate",
         "health",
         "doctor",

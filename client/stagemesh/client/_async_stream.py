@@ -86,6 +86,7 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
     def cancel(self) -> None:
         """`close` for where nothing can be awaited."""
         self._closed.set()
+        self._exchange.closed()
         if self._call is not None:
             self._call.cancel()
 

@@ -159,7 +159,7 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
 
         def start(exchange: Exchange) -> Any:
             self._open()
-            sent = tuple(join_metadata(self._metadata, metadata))
+            sent = tuple(join_metadata(self._metadata, (*metadata, *exchange.trace_metadata)))
             with self._lock:
                 self._calls = [call for call in self._calls if not self._is_over(call)]
                 if self._calls or (self._shared and self._shared.num_live):

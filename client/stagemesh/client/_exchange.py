@@ -7,11 +7,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 
-from stagemesh.client._channel import REQUEST_ID_KEY
+from stagemesh.client._channel import REQUEST_ID_KEY, Metadata
 from stagemesh.client._chunks import to_chunk
+from stagemesh.client._tracing import start_span
 from stagemesh.client._types import Chunk
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import ResourceExhaustedError, StagemeshError, UnavailableError
+from stagemesh.wire.telemetry.context import TRACEPARENT_KEY
 
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 5.0
@@ -47,6 +49,7 @@ class Exchange:
         self._retries = retries
         self._attempt = 0
         self._started = False
+        self._span = start_span(request, address)
 
     def remaining_s(self) -> float | None:
         """Seconds to the deadline, for the next attempt."""
@@ -63,7 +66,27 @@ class Exchange:
                     self.request_id = value
         if response.request_id:
             self.request_id = response.request_id
-        return to_chunk(response, self.request_id)
+        chunk = to_chunk(response, self.request_id)
+        self.took(chunk)
+        return chunk
+
+    def took(self, chunk: Chunk) -> None:
+        """A chunk goes to the application; one with a finish reason is the last."""
+        if self._span:
+            self._span.took(chunk)
+            if chunk.finish_reason is not None:
+                self._span.end(self.request_id, chunk.error)
+
+    def closed(self) -> None:
+        """The application wants no more of it."""
+        if self._span:
+            self._span.end(self.request_id)
+
+    @property
+    def trace_metadata(self) -> Metadata:
+        """The trace context of the request's own call, if it has one."""
+        traceparent = self.request.traceparent
+        return ((TRACEPARENT_KEY, traceparent),) if traceparent else ()
 
     def started(self) -> None:
         """Something of its answer came: from here on, nothing is repeated."""
@@ -75,6 +98,8 @@ class Exchange:
         if delay_s is not None:
             self._attempt += 1
             self._name()
+        elif self._span:
+            self._span.end(self.request_id, error)
         return delay_s
 
     def _name(self) -> None:

@@ -87,6 +87,7 @@ class Many:
             chunk = Chunk(
                 request_id=request_id, text=text, token_ids=token_ids, finish_reason=None, usage=None
             )
+            self.exchanges[index].took(chunk)
             chunks.append((index, chunk))
         for end in ends.values():
             chunks += self._end(end)
@@ -99,6 +100,7 @@ class Many:
 
     def cancel(self, index: int) -> str | None:
         """Want no more of a request; returns its id if the router must be told."""
+        self.exchanges[index].closed()
         for request_id, live in self._live.items():
             if live == index:
                 del self._live[request_id]
@@ -108,6 +110,11 @@ class Many:
         self._again = [again for again in self._again if again[1] != index]
         heapq.heapify(self._again)
         return None
+
+    def closed(self) -> None:
+        """The application wants no more of any."""
+        for exchange in self.exchanges:
+            exchange.closed()
 
     def _begin(self, index: int) -> pb.GenerateRequest:
         exchange = self.exchanges[index]
@@ -128,7 +135,9 @@ class Many:
         if error and (delay_s := self.exchanges[index].retry_delay_s(error)) is not None:
             heapq.heappush(self._again, (self._clock() + delay_s, index))
             return []
-        return [(index, to_last_chunk(end, text, token_ids, error))]
+        chunk = to_last_chunk(end, text, token_ids, error)
+        self.exchanges[index].took(chunk)
+        return [(index, chunk)]
 
 
 def collect(

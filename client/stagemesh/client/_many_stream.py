@@ -84,6 +84,7 @@ class ManyStream(Iterator[tuple[int, Chunk]]):
     def close(self) -> None:
         """Cancel every request that still runs. Idempotent, and safe from another thread."""
         self._closed.set()
+        self._many.closed()
         if self._call is not None:
             self._call.cancel()
         self._hang_up()
@@ -180,6 +181,7 @@ class AsyncManyStream(AsyncIterator[tuple[int, Chunk]]):
     def close_soon(self) -> None:
         """`close` for where nothing can be awaited."""
         self._closed.set()
+        self._many.closed()
         if self._call is not None:
             self._call.cancel()
 

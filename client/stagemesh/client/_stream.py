@@ -66,6 +66,7 @@ class TokenStream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancel the request if it still runs. Idempotent, and safe from another thread."""
         self._closed.set()
+        self._exchange.closed()
         if self._call is not None:
             self._call.cancel()
 

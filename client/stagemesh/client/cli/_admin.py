@@ -1,4 +1,4 @@
-"""The admin side of a router, for `status`, `trace` and `up`."""
+"""The admin side of a router, for `status`, `top`, `trace`, `timeline` and `up`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ class Admin:
         except grpc.RpcError as error:
             raise call_error(error, address=self._address, request_id=request_id) from error
         return trace
+
+    def timeline(self, seconds: float) -> pb.GetTimelineResponse:
+        """Every step of that many seconds from now."""
+        request = pb.GetTimelineRequest(seconds=seconds)
+        try:
+            timeline: pb.GetTimelineResponse = self._stub.GetTimeline(request, timeout=seconds + _TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise call_error(error, address=self._address) from error
+        return timeline
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,8 @@ COMMANDS = {
     "chat": "Talk to the model; the conversation is kept.",
     "status": "Show the stages and the state of the mesh.",
     "trace": "Show where the time of a request went, stage by stage.",
+    "top": "Watch the mesh: stages, latencies, tokens per second.",
+    "timeline": "Record the steps of all stages as a Chrome trace.",
     "simulate": "Run the scheduler over simulated stages, in virtual time.",
     "health": "Ask a router or a stage whether it is ready.",
     "doctor": "Check a node before it joins a mesh.",

@@ -1,4 +1,4 @@
-"""A mesh and a request as tables. Pure, but for the console."""
+"""A mesh as tables. Pure, but for the console."""
 
 from __future__ import annotations
 
@@ -94,38 +94,3 @@ def devices(stage: pb.StageStatus) -> str:
     """The devices of the ranks, each once, and the dtype."""
     names = list(dict.fromkeys(rank.device for rank in stage.description.ranks))
     return " + ".join(names) + (f" {stage.description.dtype}" if stage.description.dtype else "")
-
-
-def trace_view(trace: pb.GetRequestTraceResponse) -> RenderableType:
-    """One line on the request, then a row for each stage and phase."""
-    line = (
-        f"request {trace.request_id}: {trace.state} · {trace.prompt_tokens} prompt and "
-        f"{trace.output_tokens} output tokens · queue {trace.queue_ms:.1f} ms, "
-        f"first token {trace.ttft_ms:.1f} ms, total {trace.total_ms:.1f} ms"
-    )
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for header in ("stage", "phase"):
-        table.add_column(header)
-    for header in (
-        "steps",
-        "queue ms",
-        "wait ms",
-        "compute ms",
-        "send ms",
-        "compute p50 ms",
-        "compute p99 ms",
-    ):
-        table.add_column(header, justify="right")
-    for stage in trace.stages:
-        for name, phase in (("prefill", stage.prefill), ("decode", stage.decode)):
-            if phase.num_steps:
-                times = (phase.queue_ms, phase.wait_ms, phase.compute_ms, phase.send_ms)
-                percentiles = (phase.compute_p50_ms, phase.compute_p99_ms)
-                table.add_row(
-                    str(stage.stage_index),
-                    name,
-                    str(phase.num_steps),
-                    *(f"{time:.1f}" for time in times),
-                    *(f"{time:.2f}" for time in percentiles),
-                )
-    return Group(line, table)

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from stagemesh.client import Client, InvalidArgumentError, TokenStream
-from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_ADMIN_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client.cli import _options as shared
+from stagemesh.client.cli._telemetry import client_tracing
+from stagemesh.client.cli.trace import show_trace
 
 
 def command() -> Any:
@@ -39,6 +41,10 @@ def _generate(
     address: shared.AddressOption = DEFAULT_ADDRESS,
     timeout: shared.TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each chunk.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Then show where the time went, stage by stage (see `trace`).")
+    ] = False,
+    admin: shared.AdminOption = DEFAULT_ADMIN_ADDRESS,
 ) -> None:
     """Ctrl-C cancels it."""
     options = shared.given_only(
@@ -54,6 +60,7 @@ def _generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = None if token_ids is None else _parse_ids(token_ids)
     with (
+        client_tracing(always=trace),
         Client(address, timeout=timeout) as client,
         client.generate(text, token_ids=ids, **options) as stream,
     ):
@@ -61,6 +68,8 @@ def _generate(
             _print_json(stream) if as_json else _print_text(stream)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        if trace:
+            show_trace(admin, stream.request_id, as_json)
 
 
 def _print_text(stream: TokenStream) -> None:

@@ -11,7 +11,8 @@ from google.protobuf import json_format
 from stagemesh.client._defaults import DEFAULT_ADMIN_ADDRESS
 from stagemesh.client.cli import _options as shared
 from stagemesh.client.cli._admin import Admin
-from stagemesh.client.cli._tables import make_console, trace_view
+from stagemesh.client.cli._tables import make_console
+from stagemesh.client.cli._trace_view import trace_view
 
 
 def command() -> Any:
@@ -24,7 +25,13 @@ def _trace(
     admin: shared.AdminOption = DEFAULT_ADMIN_ADDRESS,
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Milliseconds are sums over the steps the request took part in; prefill and decode apart."""
+    """Milliseconds are sums over the steps the request took part in; prefill and decode apart. A step of p50 and p99
+    is receive, compute and send; transfer is receive and send; bubble, the share of wait in wait and step."""
+    show_trace(admin, request_id, as_json)
+
+
+def show_trace(admin: str, request_id: str, as_json: bool) -> None:
+    """Print where a request's time went."""
     with Admin(admin) as router:
         trace = router.trace(request_id)
     if as_json:

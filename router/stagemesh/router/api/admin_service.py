@@ -8,16 +8,21 @@ from importlib.metadata import version
 from typing import TypeAlias
 
 import grpc.aio
+import numpy as np
 
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.lane.forming import choose_transport
 from stagemesh.router.lane.lane import DRAINING, READY, Lane
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.timeline import record_timeline
+from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.worker.pool import WorkerPool
 from stagemesh.v1 import admin_pb2
-from stagemesh.wire.errors import NotFoundError, StagemeshError
+from stagemesh.wire.errors import InvalidArgumentError, NotFoundError, StagemeshError
 
 WATCH_INTERVAL_MS = 1_000
+TIMELINE_S = 5.0
+TIMELINE_MAX_S = 60.0
 DRAIN_MARGIN_S = 0.2
 """Before the caller's deadline, so that it hears how many are left."""
 
@@ -50,7 +55,7 @@ class AdminService:
     async def GetRequestTrace(
         self, request: admin_pb2.GetRequestTraceRequest, context: Context
     ) -> admin_pb2.GetRequestTraceResponse:
-        trace = self._requests.history.trace(request.request_id)
+        trace = await self._requests.history.settled(request.request_id)
         if trace is None:
             raise NotFoundError(
                 f"request '{request.request_id}' is not among the last requests of this router",
@@ -59,6 +64,18 @@ class AdminService:
             )
         return trace
 
+    async def GetTimeline(
+        self, request: admin_pb2.GetTimelineRequest, context: Context
+    ) -> admin_pb2.GetTimelineResponse:
+        seconds = request.seconds or TIMELINE_S
+        if not 0 < seconds <= TIMELINE_MAX_S:
+            raise InvalidArgumentError(
+                f"seconds is {seconds:g}; expected above 0 and at most {TIMELINE_MAX_S:g}",
+                field="seconds",
+                reason="BAD_FIELD",
+            )
+        return await record_timeline(self._requests.lane, seconds)
+
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         remaining_s = context.time_remaining()
         left = await self._requests.drain(None if remaining_s is None else remaining_s - DRAIN_MARGIN_S)
@@ -66,6 +83,9 @@ class AdminService:
 
     def _status(self) -> admin_pb2.MeshStatus:
         requests, scheduler = self._requests, self._requests.lane.scheduler
+        stats = requests.lane.stats
+        ttft_p50, ttft_p99 = stats.recent_ttft.percentiles(50, 99)
+        gap_p50, gap_p99 = stats.recent_inter_token.percentiles(50, 99)
         return admin_pb2.MeshStatus(
             version=version("stagemesh"),
             model_name=requests.model.name,
@@ -78,6 +98,13 @@ class AdminService:
             output_tokens=requests.output_tokens,
             uptime_seconds=time.monotonic() - self._started,
             api_workers=self._workers.status() if self._workers else [],
+            ttft_p50_ms=ttft_p50 * 1e3,
+            ttft_p99_ms=ttft_p99 * 1e3,
+            inter_token_p50_ms=gap_p50 * 1e3,
+            inter_token_p99_ms=gap_p99 * 1e3,
+            num_preemptions=stats.totals.preemptions,
+            queried_tokens=stats.totals.prompt_tokens,
+            cached_tokens=stats.totals.cached_tokens,
         )
 
 
@@ -133,8 +160,14 @@ def _stage_status(lane: Lane, stage: StageLink) -> admin_pb2.StageStatus:
             status.link_transport, status.link_reason = choose_transport(stage, receiver)
         except StagemeshError as error:
             status.link_reason = str(error)
-    times = stage.timings.recent()
-    if len(times):
-        _, status.mean_wait_ms, _, status.mean_compute_ms, _ = (times.mean(axis=0) / 1e6).tolist()
+    times_ms = stage.timings.recent() / 1e6
+    if len(times_ms):
+        status.mean_wait_ms = float(times_ms[:, COLUMNS.index("wait")].mean())
+        status.mean_compute_ms = float(times_ms[:, COLUMNS.index("compute")].mean())
+        busy = np.percentile(times_ms[:, BUSY].sum(axis=1), (50, 99))
+        status.busy_p50_ms, status.busy_p99_ms = busy.tolist()
+    status.wait_share = stage.timings.bubble_share()
+    status.clock_offset_ns = stage.clock.offset_ns
+    status.clock_error_ns = stage.clock.error_ns or 0
     status.busy_share = stage.timings.busy_share()
     return status

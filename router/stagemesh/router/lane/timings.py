@@ -54,6 +54,10 @@ class StageTimings:
         self._numbers[:] = 0
         self._window.clear()
 
+    def has(self, number: int) -> bool:
+        """Whether the stage has reported that step; there is no step 0."""
+        return not number or bool(self._numbers[number % STEPS_KEPT] == number)
+
     def of(self, numbers: Int64) -> Int64:
         """[known, 5] nanoseconds of COLUMNS of those steps that are still kept."""
         return self.spans_of(numbers)[2]
