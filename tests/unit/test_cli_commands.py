@@ -265,6 +265,23 @@ def test_status_json_and_watch(router: ScriptedRouter, capsys: pytest.CaptureFix
     assert len([json.loads(line) for line in out.splitlines()]) == 2
 
 
+def test_top_shows_stages_and_rates(router: ScriptedRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router.status = make_status()
+    router.status.inter_token_p50_ms, router.status.inter_token_p99_ms = 21.5, 80.25
+    router.status.lanes[0].stages[0].busy_share = 0.5
+    code, out, _ = run("top", "--count", "2", "--admin", router.address, capsys=capsys)
+    assert code == 0
+    for part in (
+        "running 2",
+        "inter-token p50 21.5 · p99 80.2 ms",
+        "KV",
+        "77 of 777 blocks",
+        "50%",
+        "absent",
+    ):
+        assert part in out
+
+
 def test_trace_has_a_row_for_each_stage_and_phase(
     router: ScriptedRouter, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +294,12 @@ def test_trace_has_a_row_for_each_stage_and_phase(
     assert code == 0
     rows = [line.split() for line in out.splitlines() if " prefill " in line or " decode " in line]
     assert [row[:2] for row in rows] == [["0", "prefill"], ["0", "decode"], ["1", "prefill"], ["1", "decode"]]
-    assert rows[0][2:7] == ["15", "1.2", "2.5", "30.0", "4.0"]
+    assert rows[0][2:8] == ["15", "1.2", "2.5", "0.0", "30.0", "4.0"]
+    assert rows[0][-2:] == ["4.0", "7%"], "transfer, and wait over wait and step"
+    bars = [line for line in out.splitlines() if line.startswith("stage 1  ")]
+    assert len(bars) == 1
+    assert bars[0].count("█") > bars[0].count("▒") > 0
+    assert "stage 0 limits: its steps kept it busy for 68.0 ms, the next one 68.0 ms" in out
     assert "first token 12.5 ms" in out
     code, _, err = run("trace", "r2", "--admin", router.address, capsys=capsys)
     assert (code, err) == (1, "error: no such request (request r2)\n")
