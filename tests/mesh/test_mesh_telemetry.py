@@ -27,6 +27,7 @@ from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.client import Client
 from stagemesh.wire.telemetry.names import (
+    PART_MS,
     PARTS,
     Attribute,
     RouterMetric,
@@ -79,7 +80,7 @@ def mesh(sim_model: Path, received: Spans, tmp_path_factory: pytest.TempPathFact
     """Three stages and a router with metrics, every request sampled."""
     folder = tmp_path_factory.mktemp("telemetry")
     running = RunningMesh(
-        folder, sim_model, (1, 1, 1), stage_flags=(*SIM, *KV, *SCRAPED), router_flags=SCRAPED
+        folder, sim_model, (1, 2, 1), stage_flags=(*SIM, *KV, *SCRAPED, "--trace-ranks"), router_flags=SCRAPED
     )
     try:
         running.wait_ready()
@@ -112,6 +113,10 @@ def whole_trace(spans: Spans, request_id: str) -> tuple[ReceivedSpan, list[Recei
         return None
 
     return wait_for(look, f"the spans of {request_id}")
+
+
+def ranks_of(spans: Spans, stage: ReceivedSpan) -> list[ReceivedSpan]:
+    return [span for span in spans.children(stage) if span.name == Span.RANK]
 
 
 def steps_of(spans: Spans, request: ReceivedSpan) -> list[ReceivedSpan]:
@@ -163,8 +168,18 @@ def test_a_microbatch_is_a_trace_of_its_own_with_a_span_for_each_stage(
         ]
         assert {s.attributes[Attribute.STEP] for s in stages} == {root.attributes[Attribute.STEP]}
         for stage in stages:
-            parts = received.children(stage)
-            assert [p.name for p in parts if p.name != Span.WAIT_FOR_SLOT] == list(PARTS[1:])
+            below = received.children(stage)
+            parts = [s.name for s in below if s.name not in (Span.RANK, Span.WAIT_FOR_SLOT)]
+            assert parts == list(PARTS[1:])
+            # A rank reports when it is idle or has many steps: later than its stage.
+            count = 2 if stage.service == "stagemesh-stage-1" else 1
+            ranks = wait_for(
+                lambda s=stage, n=count: r if len(r := ranks_of(received, s)) == n else None, "ranks"
+            )
+            assert {s.attributes[Attribute.RANK] for s in ranks} == set(range(count))
+            for rank in ranks:
+                whole_ms = sum(rank.attributes[key] for key in PART_MS)
+                assert abs(whole_ms * 1e6 - rank.duration_ns) <= 0.05 * rank.duration_ns
     links = {
         link
         for span in received.named(Span.PREFILL)
@@ -181,7 +196,7 @@ def test_the_times_add_up(mesh: RunningMesh, received: Spans) -> None:
     roots = wait_for(lambda: r if len(r := steps_of(received, server)) == 10 else None, "ten steps")
     for root in roots:
         for stage in wait_for(lambda r=root: s if len(s := received.children(r)) == 3 else None, "stages"):
-            parts = received.children(stage)
+            parts = [s for s in received.children(stage) if s.name != Span.RANK]
             assert abs(sum(p.duration_ns for p in parts) - stage.duration_ns) <= 0.05 * stage.duration_ns
             assert all(stage.start_ns <= p.start_ns and p.end_ns <= stage.end_ns for p in parts)
             assert all(a.end_ns <= b.start_ns for a, b in itertools.pairwise(parts)), "parts overlap"

@@ -23,7 +23,8 @@ FLAGS = {
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics
         --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache
         --ready-file --served-model-name
-        --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp --trace
+        --shared-cores --stage-port --stages --step-log --step-timeout-s --step-tokens --threads --tp
+        --trace --trace-ranks --no-trace-ranks
     """,
     "generate": """
         --address --admin --ignore-eos --json --max-tokens --priority --request-id --seed --temperature --timeout

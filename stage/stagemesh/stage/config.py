@@ -75,6 +75,9 @@ class StageConfig(BaseModel):
         default=30.0, gt=0, description="Seconds a rank waits for another in a collective."
     )
     worker_timeout_s: float = Field(default=60.0, gt=0, description="A worker silent for longer is replaced.")
+    trace_ranks: bool = Field(
+        default=False, description="In traces of microbatches, a span for each tensor-parallel rank too."
+    )
     metrics: str | None = Field(
         default=None, description="Address of an HTTP server for /metrics, /healthz and /readyz; unset: none."
     )

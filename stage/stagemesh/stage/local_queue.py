@@ -48,6 +48,8 @@ class ToLeader(bytes, enum.Enum):
     """Tensor: a header and the bytes to send to the neighbour."""
     DONE = b"D"
     """StepTimings, end to end; of several steps, since nobody waits for them."""
+    RANK_DONE = b"d"
+    """rank (u64), then StepTimings: of ranks other than 0, where --trace-ranks asks for them."""
     WAITING = b"w"
     """What rank 0 has been waiting for, as text; empty when it goes on."""
     PONG = b"P"

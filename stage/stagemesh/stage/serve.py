@@ -45,7 +45,7 @@ async def _serve(config: StageConfig, name: str) -> None:
     server = make_server()
     health = add_health(server)
     await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
-    spans = StepSpans(exporter) if exporter else None
+    spans = StepSpans(exporter, ranks=config.trace_ranks) if exporter else None
     stats = StageStats(stage_label(config)) if config.metrics else None
     leader = StageLeader(config, plan, name, health, version("stagemesh"), spans, stats)
     descriptor = stage_pb2.DESCRIPTOR.services_by_name["StageService"]

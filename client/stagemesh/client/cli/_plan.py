@@ -16,6 +16,7 @@ from stagemesh.wire.address import split_address
 from stagemesh.wire.errors import ConfigError
 
 STAGE_OPTIONS = (
+    "trace_ranks",
     "device",
     "dtype",
     "block_size",

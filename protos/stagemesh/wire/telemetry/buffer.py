@@ -51,3 +51,19 @@ def split(spans: list[bytes], max_batch: int) -> list[Chunk]:
     if part:
         chunks.append((b"".join(part), len(part)))
     return chunks
+
+
+def merge(chunks: list[Chunk], max_batch: int) -> list[Chunk]:
+    """Small chunks into fewer that one export may carry."""
+    merged: list[Chunk] = []
+    parts: list[bytes] = []
+    count = size = 0
+    for data, spans in chunks:
+        if parts and (count + spans > max_batch or size + len(data) > MAX_REQUEST_BYTES):
+            merged.append((b"".join(parts), count))
+            parts, count, size = [], 0, 0
+        parts.append(data)
+        count, size = count + spans, size + len(data)
+    if parts:
+        merged.append((b"".join(parts), count))
+    return merged

@@ -19,7 +19,7 @@ from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.tracing.step_spans import StepIds
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, merge
 from stagemesh.wire.telemetry.names import PART_MS, Attribute, Span
 from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids, link_rows
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _PHASE_COLUMNS = {Attribute.STAGE: "int", Attribute.STEPS: "int", **dict.fromkeys(PART_MS, "float")}
 _STEP_COLUMNS = {Attribute.STAGE: "int", Attribute.STEP: "int", **dict.fromkeys(PART_MS, "float")}
 _FIRST_BUSY = BUSY.start
+AT_ONCE, FULL_AT_ONCE = 64, 2
+"""Requests that are encoded together; the second, with a span for each of their steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +90,13 @@ class RequestSpans:
 
     def _spans(self) -> list[Chunk]:
         wall = time.time_ns() - time.monotonic_ns()
-        chunks: list[Chunk] = []
-        data, count = b"", 0
         ended = self._ended.take()
-        if not ended:
-            return []
-        # A request has one queue span and, a stage, a handful of others: a few dozen requests fill a batch.
-        for begin in range(0, len(ended), 64):
-            some = ended[begin : begin + 64]
-            for part, spans in (self._queues(some, wall), *self._stages(some, wall)):
-                if count + spans > self._max_batch and count:
-                    chunks.append((data, count))
-                    data, count = b"", 0
-                data, count = data + part, count + spans
-        return [*chunks, (data, count)]
+        chunks: list[Chunk] = []
+        at_once = FULL_AT_ONCE if self._every_step else AT_ONCE
+        for begin in range(0, len(ended), at_once):
+            some = ended[begin : begin + at_once]
+            chunks += [self._queues(some, wall), *self._stages(some, wall)]
+        return merge(chunks, self._max_batch)
 
     def _queues(self, ended: list[_Ended], wall: int) -> Chunk:
         contexts = ids(b"".join(one.context for one in ended), 24)

@@ -19,7 +19,7 @@ from stagemesh.stage.leader.loading import LoadDisplay, load_line
 from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.worker_group import WorkerGroup
-from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker
+from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker, unpack_timings
 from stagemesh.stage.local_socket import Part
 from stagemesh.stage.plan import StagePlan
 from stagemesh.v1 import stage_pb2
@@ -313,6 +313,10 @@ class StageLeader:
                 self._spans.take_timings(timings)
             if self.stats:
                 self.stats.take_timings(timings)
+        elif kind is ToLeader.RANK_DONE:
+            if self._spans:
+                (rank,) = unpack(parts[0].bytes, U64, "rank", 1)
+                self._spans.take_rank(int(rank), unpack_timings(parts[1].bytes))
         elif kind is ToLeader.TENSOR:
             header = TensorHeader.unpack(parts[0].bytes)
             sender = lane.senders.get(header.kind)

@@ -14,13 +14,15 @@ import numpy as np
 
 from stagemesh.stage.local_queue import StepTiming, Timings
 from stagemesh.v1 import stage_pb2
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
-from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, merge
+from stagemesh.wire.telemetry.names import PART_MS, PARTS, Attribute, Span
 from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
+RANKS_LAG = 1024
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 SPANS_OF_A_STEP = 1 + len(PARTS)
 SENT_BYTES = 8
 """Column of a packed StepTiming."""
@@ -33,9 +35,18 @@ class StepSpans:
 
     Args:
         exporter: Asks for the spans.
+        ranks: A span for each tensor-parallel rank too.
     """
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporter: SpanExporter, *, ranks: bool = False) -> None:
+        self._ranks = ranks
+        self._traced: dict[int, str] = {}
+        """Of the last RANKS_LAG steps, where ranks are wanted: they report later than rank 0."""
+        self._of_ranks: SpanBuffer[tuple[list[str], int, Timings]] = SpanBuffer(exporter.settings.max_queued)
+        self._rank = SpanTemplate(
+            Span.RANK,
+            columns={Attribute.RANK: "int", **dict.fromkeys(PART_MS, "float")},
+        )
         self._settings = exporter.settings
         self._stage_index = 0
         self._open: dict[int, str] = {}
@@ -61,12 +72,16 @@ class StepSpans:
         """Steps of an older epoch do not end any more."""
         self._stage_index = stage_index
         self._open.clear()
+        self._traced.clear()
 
     def take_steps(self, steps: Iterable[stage_pb2.Step]) -> None:
         """Steps that came; most are not traced."""
         for step in steps:
             if step.traceparent:
                 self._open[step.number] = step.traceparent
+                if self._ranks:
+                    self._traced[step.number] = step.traceparent
+                    self._traced.pop(step.number - RANKS_LAG, None)
 
     def take_timings(self, timings: Timings) -> None:
         """Steps that are done."""
@@ -75,8 +90,45 @@ class StepSpans:
         traceparents = [self._open.pop(number, "") for number in timings["number"].tolist()]
         if any(traceparents):
             self._done.add((traceparents, timings))
+            if self._ranks:
+                self._of_ranks.add((traceparents, 0, timings))
+
+    def take_rank(self, rank: int, timings: Timings) -> None:
+        """The same of a rank other than 0."""
+        traceparents = [self._traced.get(number, "") for number in timings["number"].tolist()]
+        if any(traceparents):
+            self._of_ranks.add((traceparents, rank, timings))
 
     def _spans(self) -> list[Chunk]:
+        return self._of_stage() + self._rank_spans()
+
+    def _rank_spans(self) -> list[Chunk]:
+        """Children of the stage's spans."""
+        chunks = []
+        for found, rank, timings in self._of_ranks.take():
+            traced = np.flatnonzero(np.array(found) != "")
+            table = timing_table([timings])[traced]
+            traces, roots = parents_of(found[place] for place in traced)
+            parts = table[:, PART_COLUMNS]
+            arrivals = table[:, 2] + (time.time_ns() - time.monotonic_ns())
+            milliseconds = {key: parts[:, index] / 1e6 for index, key in enumerate(PART_MS)}
+            data = self._rank.encode(
+                trace_ids=traces,
+                span_ids=ids(os.urandom(8 * len(traced)), 8),
+                parent_ids=self._stage_ids(roots),
+                starts_ns=arrivals,
+                ends_ns=arrivals + parts.sum(axis=1),
+                columns={Attribute.RANK: np.full(len(traced), rank), **milliseconds},
+            )
+            chunks.append((data, len(traced)))
+        return merge(chunks, self._settings.max_batch)
+
+    def _stage_ids(self, roots: Bytes) -> Bytes:
+        """[N, 8] ids of this stage's spans below these root spans, so that ranks know their parent's."""
+        mixed = (np.ascontiguousarray(roots).view("<u8")[:, 0] ^ np.uint64(self._stage_index + 1)) * _MIX
+        return ids((mixed ^ (mixed >> np.uint64(29)) | np.uint64(1)).astype("<u8").tobytes(), 8)
+
+    def _of_stage(self) -> list[Chunk]:
         done = self._done.take()
         if not done:
             return []
@@ -92,7 +144,7 @@ class StepSpans:
         count = len(traceparents)
         arrivals = table[:, 2] + (time.time_ns() - time.monotonic_ns())
         ends = arrivals[:, None] + np.cumsum(table[:, PART_COLUMNS], axis=1)
-        stages = ids(os.urandom(8 * count), 8)
+        stages = self._stage_ids(roots)
         data = self._stage.encode(
             trace_ids=traces,
             span_ids=stages,

@@ -67,6 +67,7 @@ def _load(spec: WorkerSpec, queue: WorkerSocket) -> Worker:
         block_size=spec.config.block_size,
         max_context=plan.max_context,
         step_timeout_s=spec.config.worker_timeout_s,
+        reports=spec.config.trace_ranks,
     )
 
 

@@ -53,6 +53,7 @@ class Worker:
         block_size: Tokens of a KV block.
         max_context: Tokens of a sequence at most.
         step_timeout_s: A step that a device has not finished after that is given up, with the links it may wait in.
+        reports: Say where the time of steps went, as rank 0 always does.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Worker:
         block_size: int,
         max_context: int,
         step_timeout_s: float = 60.0,
+        reports: bool = False,
     ) -> None:
         self._rank = rank
+        self._reports = reports or rank == 0
         self._engine = engine
         self._inbox = inbox
         self._outbox = outbox
@@ -215,14 +218,15 @@ class Worker:
         if lane.first and lane.last and not lane.held_tokens:
             assert output.tokens is not None
             lane.take_tokens(step.number, output.tokens)
+        sent_bytes = output.sent_bytes
         if self._rank == 0:
-            sent_bytes = output.sent_bytes
             if output.tokens is not None:
                 sent_bytes += self._send_result(lane, step.number, output.tokens, output.logits)
             elif output.hidden is not None:
                 sent_bytes += self._send_tensor(
                     lane, stage_pb2.LINK_KIND_ACTIVATIONS, step.number, output.hidden
                 )
+        if self._reports:
             sent_ns = time.monotonic_ns()
             # A device that computes behind the host's back says itself how long it did.
             began_ns = ended_ns - output.compute_ns
@@ -266,7 +270,7 @@ class Worker:
 
     @property
     def _unsaid(self) -> bool:
-        return self._rank == 0 and (bool(self._timings) or self._waiting != self._said_waiting)
+        return bool(self._timings) or (self._rank == 0 and self._waiting != self._said_waiting)
 
     def _say_rest(self) -> None:
         self._say_timings()
@@ -285,7 +289,10 @@ class Worker:
             timings, self._timings = self._timings, []
             self._timings_said_ns = time.monotonic_ns()
         if timings:
-            self._say(ToLeader.DONE, b"".join(timings))
+            if self._rank == 0:
+                self._say(ToLeader.DONE, b"".join(timings))
+            else:
+                self._say(ToLeader.RANK_DONE, pack([self._rank], U64), b"".join(timings))
 
     def _say_waiting(self, what: str) -> None:
         if what != self._said_waiting and self._rank == 0:
