@@ -49,12 +49,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repetition of each measurement")
     parser.add_argument("--dry-run", action="store_true", help="tiny shape, CPU stages, no vLLM")
     parser.add_argument("--list", action="store_true", help="name the runs of the groups and stop")
+    parser.add_argument("--table", action="store_true", help="print the rows of --merge as Markdown and stop")
     parser.add_argument("--up", default="", metavar="OPTIONS", help="further options of `stagemesh up`")
     options = parser.parse_args()
     try:
         specs = runs_of(options.group, options.runs)
     except ValueError as error:
         parser.error(str(error))
+    if options.table:
+        print(_table(_read(options.merge)["results"]))
+        return
     if options.list:
         for spec in specs:
             print(f"{spec.name:<16} {spec.num_gpus} GPUs, about {spec.estimate_s} s")
@@ -158,6 +162,20 @@ def _write(merged: dict[str, Any], options: argparse.Namespace) -> None:
     with tarfile.open(options.out / "raw.tar.gz", "w:gz") as archive:
         for path in sorted(options.out.glob("*.jsonl")) + sorted(options.out.glob("*.log")):
             archive.add(path, arcname=path.name)
+
+
+def _table(rows: list[Row]) -> str:
+    """For docs/performance.md."""
+    lines = [
+        "| group | row | measured | target | met | beside it |",
+        "| --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for row in rows:
+        value = "not measured" if row["value"] is None else f"{row['value']:,g} {row['unit']}"
+        target = "" if row["target"] is None else f"{'at most ' if row['at_most'] else ''}{row['target']:,g}"
+        met = {True: "yes", False: "no", None: ""}[row["met"] if row["value"] is not None else None]
+        lines.append(f"| {row['group']} | {row['name']} | {value} | {target} | {met} | {row['reference']} |")
+    return "\n".join(lines)
 
 
 def _line(row: Row) -> str:

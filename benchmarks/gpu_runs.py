@@ -122,7 +122,8 @@ def mesh_options(spec: RunSpec, options: RunOptions) -> list[str]:
     if options.dry_run:
         return [*common, "--device", "cpu", "--kv-memory", "64MiB", "--threads", "1", *options.mesh_options]
     device = ["--device", "cuda", "--dtype", "bfloat16", "--memory-share", str(spec.memory_share)]
-    return [*common, *device, *options.mesh_options]
+    # The scheduler's process is left to schedule; what it costs a token is a row of its own.
+    return [*common, *device, "--api-workers", "1", *options.mesh_options]
 
 
 @contextmanager
