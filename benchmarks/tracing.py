@@ -3,10 +3,10 @@
     python benchmarks/tracing.py --json
 
 Simulated stages (real leaders, workers, links and router; engines that sleep), one Session with many requests, and
-an OTLP receiver that takes what comes. Three meshes are up at once: one without tracing, one that samples 1% of
-the requests, one that samples all. A round puts the same load on each in turn, in an order that turns too; after
-some rounds the meshes are replaced by fresh ones, lest one's luck with memory decides. An overhead is the median
-over the rounds of on over off, with a 95% interval of that median by bootstrap; its upper bound counts.
+an OTLP receiver that takes what comes. In a block two meshes are up, one without tracing and one that samples 1% of
+the requests, or all; a pair is the same load on both, one after the other. There are more pairs for 1%, since
+less is at stake; each block has fresh meshes, lest one's luck with memory decides. An overhead is the
+median over the pairs of on over off, with a 95% interval of that median by bootstrap; its upper bound counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from process_cpu import descendants
 from report import Report
 from sim_mesh import SimMesh, sim_mesh
@@ -29,20 +29,20 @@ from sim_mesh import SimMesh, sim_mesh
 from stagemesh.client import Client
 
 STAGES = 3
-COST = "6ms"
+COST = "4ms"
 STREAMS = 192
-REQUESTS = 288
 PROMPT_TOKENS = 16
-OUTPUT_TOKENS = 24
-BLOCKS = 3
+OUTPUT_TOKENS = 32
+BLOCKS = {"1%": 2, "all": 1}
 """Times that fresh meshes are started."""
-ROUNDS = 14
+PAIRS = {"1%": 44, "all": 14}
 """Of each block."""
 EXPORT_S = 1.0
-"""OTEL_BSP_SCHEDULE_DELAY: a fifth of its default, so that a round's spans are exported within the next."""
+"""OTEL_BSP_SCHEDULE_DELAY: a fifth of its default, so that a load's spans are exported in its mesh's turn."""
 BOOTSTRAPS = 10_000
+Floats = npt.NDArray[np.float64]
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-MODES = {"off": None, "1%": "0.01", "all": "1.0"}
+RATIOS = {"off": "", "1%": "0.01", "all": "1.0"}
 TARGETS = {"1%": 1.0, "all": 10.0}
 
 
@@ -50,67 +50,65 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each block")
+    parser.add_argument("--pairs", type=int, help="of each block; for a quick look")
     options = parser.parse_args()
     report = Report("tracing", options.json)
-    costs: dict[str, list[float]] = {mode: [] for mode in MODES}
     with receiver() as (endpoint, received):
-        for block in range(options.blocks):
-            measure_block(endpoint, options.rounds, costs)
-            report.note(
-                f"block {block}: "
-                + ", ".join(
-                    f"{m} {1e6 * statistics.median(c[-options.rounds :]):.2f} µs" for m, c in costs.items()
-                )
-            )
-    for mode, target in TARGETS.items():
-        ratios = np.array(costs[mode]) / np.array(costs["off"]) - 1
-        low, high = interval(ratios)
-        blocks = " ".join(f"{np.median(part):+.2%}" for part in np.split(ratios, options.blocks))
-        report.add(
-            f"CPU of a token, {mode} of the requests traced, over tracing off",
-            float(high) * 100,
-            "%",
-            target=target,
-            at_most=True,
-            reference=f"upper bound of the 95% interval {low:+.2%} to {high:+.2%} of the median "
-            f"{np.median(ratios):+.2%} of {len(ratios)} pairs (by block {blocks}); "
-            f"{statistics.median(costs[mode]) * 1e6:.2f} µs against {statistics.median(costs['off']) * 1e6:.2f} µs",
-        )
+        for mode, target in TARGETS.items():
+            blocks = [
+                measure_block(mode, endpoint, options.pairs or PAIRS[mode]) for _ in range(BLOCKS[mode])
+            ]
+            add_row(report, mode, target, blocks)
     report.add(
         "spans that the receiver got", received["bytes"] / 1e6, "MB", reference=f"{received['calls']} exports"
     )
     report.finish()
 
 
-def measure_block(endpoint: str, rounds: int, costs: dict[str, list[float]]) -> None:
-    """Fresh meshes, one unmeasured round, then `rounds` that count.
+def add_row(report: Report, mode: str, target: float, blocks: list[Floats]) -> None:
+    """One overhead; blocks are [pairs, 2] seconds of a token, off and on."""
+    costs = np.concatenate(blocks)
+    ratios = costs[:, 1] / costs[:, 0] - 1
+    low, high = interval(ratios)
+    each = " ".join(f"{np.median(block[:, 1] / block[:, 0]) - 1:+.2%}" for block in blocks)
+    off, on = np.median(costs, axis=0) * 1e6
+    report.add(
+        f"CPU of a token, {mode} of the requests traced, over tracing off",
+        high * 100,
+        "%",
+        target=target,
+        at_most=True,
+        reference=f"upper bound of the 95% interval {low:+.2%} to {high:+.2%} of the median "
+        f"{np.median(ratios):+.2%} of {len(ratios)} pairs (by block {each}); {on:.2f} µs against {off:.2f} µs",
+    )
 
-    A mesh's round lasts from the start of its load to the start of its next one, so that the export of its spans,
-    and whatever else it does while it is idle, is in the price.
+
+def measure_block(mode: str, endpoint: str, pairs: int) -> Floats:
+    """[pairs, 2] seconds of CPU for a token, off and on, of two fresh meshes; a pair before them is not counted.
+
+    A mesh's turn lasts from the start of its load to the start of its next one, so that the export of its spans,
+    and whatever else it does while the other works, is in the price.
     """
     with ExitStack() as stack:
-        meshes = {}
-        for mode in MODES:
-            with environment(mode, endpoint):
+        meshes = []
+        for ratio in (RATIOS["off"], RATIOS[mode]):
+            with environment(ratio, endpoint):
                 slots = ("--max-sequences", str(STREAMS // STAGES))
                 mesh = stack.enter_context(sim_mesh([COST] * STAGES, router=slots))
-            meshes[mode] = (stack.enter_context(Client(mesh.listen)), processes(mesh))
-        begun: dict[str, tuple[float, int]] = {}
-        for number in range(rounds + 2):
-            for mode, (client, pids) in meshes.items():
-                now = sum(map(cpu_seconds, pids))
-                if number > 1:
-                    before, tokens = begun[mode]
-                    costs[mode].append((now - before) / tokens)
-                begun[mode] = (now, load(client, seed=number))
+            meshes.append((stack.enter_context(Client(mesh.listen)), processes(mesh)))
+        spent = np.zeros((pairs + 2, 2))
+        tokens = np.zeros((pairs + 2, 2))
+        for pair in range(pairs + 2):
+            for place, (client, pids) in enumerate(meshes):
+                spent[pair, place] = sum(map(cpu_seconds, pids))
+                tokens[pair, place] = load(client, seed=pair)
+        return np.diff(spent, axis=0)[1:] / tokens[1:-1]
 
 
 def load(client: Client, seed: int) -> int:
     """Output tokens of one load."""
     draw = random.Random(seed)
-    prompts = [[draw.randrange(3, 32_000) for _ in range(PROMPT_TOKENS)] for _ in range(REQUESTS)]
+    prompts = [[draw.randrange(3, 32_000) for _ in range(PROMPT_TOKENS)] for _ in range(STREAMS)]
     tokens = 0
     with client.generate_many(prompts, max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True) as stream:
         for _, chunk in stream:
@@ -121,13 +119,12 @@ def load(client: Client, seed: int) -> int:
 
 
 @contextmanager
-def environment(mode: str, endpoint: str) -> Iterator[None]:
-    """The OTEL_* variables of a mode, for the processes that start within."""
-    ratio = MODES[mode]
+def environment(ratio: str, endpoint: str) -> Iterator[None]:
+    """The OTEL_* variables of a sampling ratio, for the processes that start within; none where it is empty."""
     names = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-        "OTEL_TRACES_SAMPLER_ARG": ratio or "",
+        "OTEL_TRACES_SAMPLER_ARG": ratio,
         "OTEL_BSP_SCHEDULE_DELAY": str(int(EXPORT_S * 1000)),
     }
     if ratio:
@@ -150,7 +147,7 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def interval(values: Floats) -> tuple[float, float]:
     """95% of the median, by bootstrap."""
     draws = np.random.default_rng(1).choice(values, (BOOTSTRAPS, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -13,7 +14,7 @@ MAX_REQUEST_BYTES = 2 << 20
 
 
 class SpanBuffer(Generic[T]):
-    """A bounded list between the thread that serves and the one that exports.
+    """A bounded queue between the thread that serves and the one that exports.
 
     Args:
         limit: Entries kept; those beyond are dropped and counted.
@@ -21,7 +22,8 @@ class SpanBuffer(Generic[T]):
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._entries: list[T] = []
+        # A deque: its appends and pops are atomic, so that no entry falls between the threads.
+        self._entries: deque[T] = deque()
         self.num_dropped = 0
 
     def add(self, entry: T) -> None:
@@ -33,8 +35,7 @@ class SpanBuffer(Generic[T]):
 
     def take(self) -> list[T]:
         """Everything kept so far."""
-        entries, self._entries = self._entries, []
-        return entries
+        return [self._entries.popleft() for _ in range(len(self._entries))]
 
 
 def split(spans: list[bytes], max_batch: int) -> list[Chunk]:

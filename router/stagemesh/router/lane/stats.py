@@ -108,9 +108,10 @@ class LaneStats:
         if slot is None or self._owners.get(slot) is not sequence:
             return
         del self._owners[slot]
-        if len(sequence.token_ids) > 1:
+        count = sequence.num_generated
+        if count > 1:
             seconds = float(self._last_at[slot] - self._first_at[slot])
-            self.time_per_token.of().add(seconds / (len(sequence.token_ids) - 1))
+            self.time_per_token.of().add(seconds / (count - 1))
 
 
 class Totals:
