@@ -195,11 +195,11 @@ class Lane:
         self.num_steps = 0
         self.num_formed += 1
         self._sent_at.clear()
+        if self._spans:
+            self._spans.open_lane(self.epoch, limits.max_slots, self.records)
         self.records.clear()
         self.stats.open_lane(limits.max_slots)
         self.stats.totals.open_lane(self.scheduler)
-        if self._spans:
-            self._spans.open_lane(self.epoch, limits.max_slots)
         self.limiting_stage = min(members, key=lambda member: member.description.num_blocks).index
         self.state, self.reason, self._said = READY, "", ""
         log.info(
@@ -282,7 +282,7 @@ class Lane:
             self._tell(expired)
         while self.scheduler and (step := self.scheduler.next_step(time.monotonic())):
             sent_ns = time.monotonic_ns()
-            traceparent = self._spans.step_sent(step, sent_ns) if self._spans else ""
+            traceparent = self._spans.step_sent(step) if self._spans else ""
             message = encode(step, self.epoch, traceparent)
             request = stage_pb2.ExecuteRequest(steps=[message]).SerializeToString()
             for stage in self.stages:

@@ -1,0 +1,134 @@
+"""Roots of the traces of microbatches: which steps have one, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
+
+from stagemesh.router.lane.step_records import StepRecords
+from stagemesh.router.scheduler import Request, Step
+from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.scheduler.step import Changes
+from stagemesh.router.tracing.step_spans import StepIds, StepSpans
+from stagemesh.wire.telemetry.context import TraceContext
+from stagemesh.wire.telemetry.names import Attribute
+from stagemesh.wire.telemetry.settings import TraceSettings
+
+
+class Exporter:
+    """Spans are asked for when a test wants them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = TraceSettings(endpoint="x:1", **settings)
+        self.source: Callable[[], list[tuple[bytes, int]]]
+
+    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
+        self.source = source
+
+    def spans(self) -> list[Any]:
+        return [span for data, _ in self.source() for span in ScopeSpans.FromString(data).spans]
+
+
+class Lane:
+    """As the lane calls it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.exporter = Exporter(**settings)
+        self.spans = StepSpans(self.exporter, "lane-0")  # type: ignore[arg-type]
+        self.records = StepRecords()
+        self.open(5)
+
+    def open(self, epoch: int) -> None:
+        self.spans.open_lane(epoch, 8, self.records)
+        self.records.clear()
+
+    def send(self, number: int, slots: list[int], admitted: list[Sequence] | None = None) -> str:
+        count = len(slots)
+        step = Step(
+            number=number,
+            changes=Changes(admitted=admitted or []),
+            slots=np.array(slots),
+            counts=np.ones(count, np.int64),
+            input_steps=np.ones(count, np.uint64),
+            tokens=[],
+            sample=np.ones(count, np.bool_),
+            sequences=np.empty(count, object),
+            tenancies=np.zeros(count, np.int64),
+            num_decodes=count,
+        )
+        traceparent = self.spans.step_sent(step)
+        self.records.sent(step, 1_000 * number)
+        return traceparent
+
+    def answer(self, number: int) -> None:
+        self.records.done(number, 1_000 * number + 500)
+        self.spans.step_done(number)
+
+
+def sequence(slot: int, trace: bytes = b"") -> Sequence:
+    request = Request(request_id=str(slot), prompt=np.ones(1, np.uint32), max_tokens=1, trace=trace)
+    made = Sequence(request, order=slot)
+    made.slot = slot
+    return made
+
+
+TRACES = [bytes([index + 1]) * 24 for index in range(3)]
+
+
+def test_a_step_has_a_trace_when_a_sampled_request_is_in_it() -> None:
+    lane = Lane()
+    traced = [sequence(index, TRACES[index]) for index in range(2)]
+    first = lane.send(1, [0, 1, 2], [*traced, sequence(2)])
+    assert lane.send(2, [2]) == ""
+    third = lane.send(3, [1, 2])
+    for number in (1, 2, 3):
+        lane.answer(number)
+    spans = lane.exporter.spans()
+    for span, header, number, links in zip(
+        spans, (first, third), (1, 3), (TRACES[:2], TRACES[1:2]), strict=True
+    ):
+        context = TraceContext.parse(header)
+        assert context == TraceContext(span.trace_id, span.span_id, True)
+        assert [link.trace_id + link.span_id for link in span.links] == links
+        values = {entry.key: entry.value.int_value for entry in span.attributes}
+        assert (values[Attribute.STEP], values[Attribute.EPOCH]) == (number, 5)
+        assert (values[Attribute.ROWS], values[Attribute.PREFILL_TOKENS]) == (len(links) + 1, 0)
+        assert span.end_time_unix_nano - span.start_time_unix_nano == 500
+        assert lane.spans.ids.of(number) == (span.trace_id, span.span_id)
+    assert lane.exporter.spans() == [], "given away twice"
+
+
+def test_a_slot_is_traced_for_as_long_as_its_sequence_has_it() -> None:
+    lane = Lane()
+    assert lane.send(1, [0], [sequence(0, TRACES[0])])
+    assert lane.send(2, [0], [sequence(0)]) == ""
+    assert lane.send(3, [0], [sequence(0, TRACES[1])])
+
+
+def test_steps_of_an_epoch_that_ended_keep_their_spans_and_those_without_answer_have_none() -> None:
+    lane = Lane()
+    lane.send(1, [0], [sequence(0, TRACES[0])])
+    lane.send(2, [0])
+    lane.answer(1)
+    lane.open(6)
+    assert lane.send(1, [0]) == "", "nobody has a slot in a new epoch"
+    (span,) = lane.exporter.spans()
+    assert {e.key: e.value.int_value for e in span.attributes}[Attribute.EPOCH] == 5
+
+
+def test_links_are_bounded() -> None:
+    lane = Lane(max_links=2)
+    lane.send(1, [0, 1, 2], [sequence(index, TRACES[index]) for index in range(3)])
+    lane.answer(1)
+    assert [len(span.links) for span in lane.exporter.spans()] == [2]
+
+
+def test_ids_of_steps_differ_and_are_valid() -> None:
+    ids = StepIds(0, 0)
+    seen = {part for number in range(1, 2000) for part in ids.of(number)}
+    assert len(seen) == 2 * 1999
+    low = np.array([int.from_bytes(ids.of(number)[0][8:], "big") / 2**64 for number in range(1, 2000)])
+    assert abs(np.mean(low < 0.1) - 0.1) < 0.01, "a sampler by ratio would be misled"
