@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagemesh.stage import host_exchange, host_memory
+from stagemesh.stage import host_memory
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.host_exchange import RankLostError
 
@@ -35,23 +35,23 @@ def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
 class Ranks:
     """A process for each rank, forked with the memory."""
 
-    def __init__(self, size: int, work: Work, *, timeout_s: float = 20.0) -> None:
+    def __init__(self, size: int, work: Work, *, begin: int = 0) -> None:
         self._memory = host_memory.create(size)
+        for rank in range(size):
+            os.pwrite(self._memory, begin.to_bytes(4, "little"), rank * host_memory.LINE_BYTES)
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(
-                target=self._run, args=(rank, size, work, timeout_s, theirs), daemon=True
-            )
+            process = CONTEXT.Process(target=self._run, args=(rank, size, work, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def _run(self, rank: int, size: int, work: Work, timeout_s: float, pipe: Connection) -> None:
+    def _run(self, rank: int, size: int, work: Work, pipe: Connection) -> None:
         torch.set_num_threads(1)
-        group = RankGroup.connect(rank, size, Path("unused"), timeout_s=timeout_s, memory=self._memory)
+        group = RankGroup.connect(rank, size, Path("unused"), timeout_s=20, memory=self._memory)
         try:
             pipe.send(work(group))
         except RankLostError as error:
@@ -141,33 +141,25 @@ def test_many_turns_with_ranks_that_come_late(start: Callable[..., Ranks]) -> No
     assert start(3, work).results(0, 1, 2) == [wanted] * 3
 
 
-def test_the_counter_wraps(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Ranks]) -> None:
+def test_the_counter_wraps(start: Callable[..., Ranks]) -> None:
     begin = (1 << 32) - 3
-    honest = host_exchange.HostExchange.__init__
-
-    def late(self: Any, rank: int, size: int, memory: int, *, timeout_s: float) -> None:
-        honest(self, rank, size, memory, timeout_s=timeout_s)
-        self._turn = begin
-        for other in range(size):
-            self._counters[other * host_memory.LINE_BYTES // 4] = begin
 
     def work(group: RankGroup) -> list[float]:
-        # Both have set the counters before either raises one.
-        time.sleep(0.2 if group.rank else 0.4)
+        group._exchange._turn = begin  # type: ignore[attr-defined]
         return [float(group.all_reduce(torch.tensor([float(turn)]))) for turn in range(8)]
 
-    monkeypatch.setattr(host_exchange.HostExchange, "__init__", late)
-    assert start(2, work).results(0, 1) == [[2.0 * turn for turn in range(8)]] * 2
+    assert start(2, work, begin=begin).results(0, 1) == [[2.0 * turn for turn in range(8)]] * 2
 
 
 def test_a_rank_that_is_gone_is_named(start: Callable[..., Ranks]) -> None:
     def work(group: RankGroup) -> str:
         group.all_reduce(torch.ones(4))
+        group._exchange._timeout_s = 0.5  # type: ignore[attr-defined]
         if group.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         group.all_reduce(torch.ones(4))
         return "summed without rank 1"
 
-    ranks = start(3, work, timeout_s=0.5)
+    ranks = start(3, work)
     for rank, said in zip((0, 2), ranks.results(0, 2), strict=True):
         assert said == f"rank 1 did not come to exchange 2 within 0.5 s; rank {rank} waited"
