@@ -185,7 +185,8 @@ def test_up_serves_and_ctrl_c_stops_all_of_it_and_nothing_else(mesh: Mesh, tmp_p
 
 
 def test_a_stage_that_cannot_start_ends_everything_with_its_words(mesh: Mesh) -> None:
-    mesh.start("--stages", "2", *ANY_PORTS, FAKE_BAD_STAGE="1/2")
+    # A router without its stages is never ready; the scripted one would be, and before a slow stage has failed.
+    mesh.start("--stages", "2", *ANY_PORTS, FAKE_BAD_STAGE="1/2", FAKE_SLOW_ROUTER="1")
     code, out, err = mesh.finish()
     assert (code, out) == (1, "")
     assert (
