@@ -1,12 +1,11 @@
-"""What layout of the weights is fastest for a CPU linear: the measurement behind stage/models/layers.py.
+"""What layout of the weights is fastest for a CPU linear: the measurement behind stage/models/product.py.
 
 Times the 120 linears of SmolLM2-135M's 30 layers (random float32 weights of its shapes, about 425 MB, so
 that no cache holds them) for a few numbers of rows:
 
 - plain: torch.nn.functional.linear with the weight as files have it, [out, in];
-- transposed: matmul with the weight kept as [in, out], what stagemesh does;
-- onednn: oneDNN's prepacked weights, with torch's private operators. They need a second copy of the
-  weights wherever another operator wants the plain one.
+- transposed: matmul with the weight kept as [in, out], stagemesh's choice on Intel's CPUs;
+- onednn: oneDNN's prepacked weights, with torch's private operators, stagemesh's choice on others.
 
 The figure is the best of a few runs in milliseconds; the three take turns in each round.
 """
