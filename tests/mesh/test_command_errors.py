@@ -55,6 +55,17 @@ def router_line(capsys: pytest.CaptureFixture[str], model: Path | str, *flags: s
     return only_line(capsys, "router", "--model", str(model), "--stage", "127.0.0.1:9", *ports, *flags)
 
 
+def up_line(capsys: pytest.CaptureFixture[str], model: Path | str, *flags: str) -> str:
+    """And it is the only line: no service was started to say it."""
+    ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--stage-port", "0")
+    with pytest.raises(SystemExit):
+        main(["up", str(model), *ports, *flags])
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.out == ""
+    return check_line(captured.err)
+
+
 @pytest.fixture
 def copy(small: Path, tmp_path: Path) -> Path:
     """A copy of the small model, to be damaged."""
@@ -66,7 +77,7 @@ def shard_of(folder: Path, tensor: str) -> Path:
     return folder / index["weight_map"][tensor]
 
 
-@pytest.mark.parametrize("line", [stage_line, router_line])
+@pytest.mark.parametrize("line", [stage_line, router_line, up_line])
 def test_unknown_path(capsys: pytest.CaptureFixture[str], tmp_path: Path, line) -> None:
     said = line(capsys, tmp_path / "nowhere" / "model.gguf")
     assert "nowhere/model.gguf" in said
@@ -264,3 +275,18 @@ def test_a_chain_that_does_not_fit(
         assert router.stop() == 0
     finally:
         router.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--stages", "99"), "99 stages asked for, but the model has"),
+        (("--tp", "99"), "--tp is 99, but the model has"),
+        (("--kv-memory", "1KiB"), "--kv-memory 1024: one KV block"),
+        (("--max-context", "9999999"), "--max-context 9999999: the model's context is"),
+    ],
+)
+def test_up_starts_nothing_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], small: Path, flags: tuple[str, ...], words: str
+) -> None:
+    assert up_line(capsys, small, *flags).startswith(f"error: {words}")

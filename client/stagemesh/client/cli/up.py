@@ -84,12 +84,21 @@ def _up(
         num_gpus=len(list_gpus()),
     )
     plan = with_ports(plan, stage_key="--config" if config and stage_port is None else "--stage-port")
+    check_stages(plan)
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     with UpDisplay() as display:
         threads = "·".join(str(stage.threads) for stage in plan.stages)
         display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
         asyncio.run(_supervise(plan, display, begin, ready_file))
+
+
+def check_stages(plan: MeshPlan) -> None:
+    """Raise what any stage would end with before it loads, instead of starting them all to hear it from each."""
+    from stagemesh.stage.plan import plan_stage
+
+    for stage in plan.stages:
+        plan_stage(stage)
 
 
 def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
