@@ -13,6 +13,7 @@ from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets
 from stagemesh.stage.cuda.columns import Layout, fill, plan_rows
 from stagemesh.stage.cuda.environment import cuda_environment
+from stagemesh.stage.cuda.waits import split_wait
 from stagemesh.stage.engine.interface import CompleteStep, NoLinks, StepOutput
 from stagemesh.stage.gpus import Gpu, pick_gpus
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
@@ -148,3 +149,11 @@ def test_the_watchdog_finds_an_overdue_step_and_a_failed_link() -> None:
     assert watchdog.find(4 * 10**9) == ""
     assert watchdog.find(6 * 10**9) == "step 7 has not ended on the device after 5 s"
     assert "remote process" in Watchdog(results, BadLinks(), 60.0, lambda what: None).find(10**9)
+
+
+def test_a_transfer_does_not_pass_for_a_wait() -> None:
+    assert split_wait(70_000, 2 << 20) == (0, 70_000)
+    wait_ns, receive_ns = split_wait(5_000_000, 2 << 20)
+    assert wait_ns + receive_ns == 5_000_000
+    assert receive_ns < 100_000
+    assert split_wait(5_000, 0) == (0, 5_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -345,3 +347,31 @@ def test_an_abort_ends_a_wait_for_a_peer(source: Any, monkeypatch: pytest.Monkey
         stages[1].engine.links.abort()
         assert not stages[1].engine.links.receives_hidden
         waiting.result(timeout=20)
+
+
+def test_links_that_wait_for_each_other_are_broken_off_together(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queued send stands behind the receive of another link: its abort returns only after that one's."""
+    fake_nccl_for_tests.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = HostDevice()
+    stages = [
+        Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
+        Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
+    ]
+    connect(stages, 1)
+    links = stages[1].engine.links
+    receiving = threading.Event()
+
+    def abort(comm: Any) -> None:
+        if comm in incoming:
+            receiving.set()
+        assert receiving.wait(10)
+
+    incoming = links._links[stage_pb2.LINK_KIND_ACTIVATIONS, False].comms
+    monkeypatch.setattr(fake_nccl_for_tests.NcclCommunicator, "abort", abort)
+    began = time.monotonic()
+    links.abort()
+    assert time.monotonic() - began < 5
+    assert not links.sends_ring

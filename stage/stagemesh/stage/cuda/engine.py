@@ -30,6 +30,7 @@ from stagemesh.stage.cuda.links import DeviceLinks
 from stagemesh.stage.cuda.model import DeviceLlama
 from stagemesh.stage.cuda.reduce import Reducer
 from stagemesh.stage.cuda.staging import Staging, StagingSlot
+from stagemesh.stage.cuda.waits import split_wait
 from stagemesh.stage.engine.batch import Batch, SamplingColumns
 from stagemesh.stage.engine.interface import RankFacts, StepHandle, StepInputs, StepOutput
 from stagemesh.stage.kernels.choose import best_keys, take_tokens
@@ -88,6 +89,7 @@ class DeviceStep:
         self.logits: torch.Tensor | None = None
         self.linked = False
         self.sent_bytes = 0
+        self.received_bytes = 0
 
     def microseconds_after(self, earlier: DeviceStep) -> float:
         """From the end of an earlier step to the moment this one had its inputs, by the device's clock."""
@@ -103,12 +105,15 @@ class DeviceStep:
         hidden = None
         if self._hidden is not None:
             hidden = memoryview(self._hidden.numpy().tobytes())
+        waited_ns = int(slot.awaited.elapsed_time(slot.begun) * 1e6) if self.linked else 0
+        wait_ns, receive_ns = split_wait(waited_ns, self.received_bytes)
         output = StepOutput(
             hidden=hidden,
             tokens=tokens,
             logits=self.logits.float().cpu().numpy() if self.logits is not None else None,
             compute_ns=int(slot.begun.elapsed_time(slot.ended) * 1e6),
-            wait_ns=int(slot.awaited.elapsed_time(slot.begun) * 1e6) if self.linked else 0,
+            wait_ns=wait_ns,
+            receive_ns=receive_ns,
             sent_bytes=self.sent_bytes,
         )
         slot.in_use = False
@@ -397,6 +402,8 @@ class CudaEngine:
             slot.ended.record()
         self.links.expect_ring(batch)
         step.linked = self.links.receives_hidden or self.links.receives_ring
+        if self.links.receives_hidden:
+            step.received_bytes = count * self._parts.config.hidden_size * buffers.residual.element_size()
         return step
 
     def _make_staging(self, depth: int) -> Staging:

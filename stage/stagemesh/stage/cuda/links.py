@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +160,8 @@ class NcclLinks(DeviceLinks):
         self._expected: dict[int, Event] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._sent: dict[str, list[Event | None]] = {}
+        self._abort_lock = threading.Lock()
+        self._aborts: list[threading.Thread] = []
         self._opens = threading.Condition()
         self._joining = 0
         self._turns: list[tuple[bool, bool]] = []
@@ -219,26 +222,35 @@ class NcclLinks(DeviceLinks):
         self._refresh()
 
     def abort(self) -> None:
-        links = [self._links[key] for key in sorted(self._links, key=lambda key: not key[1])]
-        self._links.clear()
-        self._refresh()
+        """Break off every link at once, outgoing ones first by a moment.
+
+        NCCL's abort returns when whatever is queued on the communicator has run, and that may stand behind a wait in
+        another link: each link has a thread of its own. May be called by two threads; both wait for all.
+        """
         if self._joining or self._turns:
             log.error("a link still hangs in opening; the worker ends and is started again")
             os._exit(ABORT_HANGS)
-        if not links:
-            return
-        done = threading.Event()
-
-        def work() -> None:
-            torch.cuda.set_device(self._device.torch_device)
+        with self._abort_lock:
+            links = [self._links[key] for key in sorted(self._links, key=lambda key: not key[1])]
+            self._links.clear()
+            self._refresh()
             for link in links:
-                link.abort()
-            done.set()
+                thread = threading.Thread(target=self._abort_one, args=(link,), name="abort", daemon=True)
+                thread.start()
+                self._aborts.append(thread)
+            aborts = list(self._aborts)
+        deadline = time.monotonic() + ABORT_TIMEOUT_S
+        for thread in aborts:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.error("a link cannot be broken off; the worker ends and is started again")
+                os._exit(ABORT_HANGS)
+        with self._abort_lock:
+            self._aborts = [thread for thread in self._aborts if thread.is_alive()]
 
-        threading.Thread(target=work, name="abort", daemon=True).start()
-        if not done.wait(ABORT_TIMEOUT_S):
-            log.error("a link cannot be broken off; the worker ends and is started again")
-            os._exit(ABORT_HANGS)
+    def _abort_one(self, link: _Link) -> None:
+        torch.cuda.set_device(self._device.torch_device)
+        link.abort()
 
     def check(self) -> str:
         for (kind, _), link in list(self._links.items()):

@@ -62,7 +62,9 @@ class StepOutput:
     compute_ns: int = 0
     """Spent computing; a device measures it itself."""
     wait_ns: int = 0
-    """Of a device: spent waiting for a link."""
+    """Of a device: spent waiting for a link, while it had nothing else to do."""
+    receive_ns: int = 0
+    """Of a device: spent taking what was there."""
     sent_bytes: int = 0
     """Activation bytes that a link of the engine's own took."""
 

@@ -228,17 +228,20 @@ class Worker:
                 )
         if self._reports:
             sent_ns = time.monotonic_ns()
-            # A device that computes behind the host's back says itself how long it did.
             began_ns = ended_ns - output.compute_ns
-            free_ns = min(max(self._idle_since_ns, step.arrival_ns), began_ns)
-            input_ns = began_ns if output.wait_ns else min(max(free_ns, step.first_ns), began_ns)
+            if step.handle.done:
+                free_ns = min(max(self._idle_since_ns, step.arrival_ns), began_ns)
+                input_ns = min(max(free_ns, step.first_ns), began_ns)
+            else:  # a device that computes behind the host's back says itself what it waited for
+                input_ns = max(began_ns - output.receive_ns, step.arrival_ns)
+                free_ns = max(input_ns - output.wait_ns, step.arrival_ns)
             timing = StepTiming(
                 epoch=lane.request.epoch,
                 number=step.number,
                 arrival_ns=step.arrival_ns,
                 queue_ns=max(0, free_ns - step.arrival_ns),
                 wait_ns=input_ns - free_ns,
-                receive_ns=began_ns - input_ns,
+                receive_ns=max(0, began_ns - input_ns),
                 compute_ns=output.compute_ns,
                 send_ns=sent_ns - ended_ns,
                 sent_bytes=sent_bytes,
@@ -249,9 +252,8 @@ class Worker:
     def _send_result(self, lane: WorkerLane, number: int, tokens: IntArray, logits: FloatArray | None) -> int:
         column = pack(tokens, U32)
         sent = 0
-        if (
-            not lane.first and not self._engine.links.sends_ring
-        ):  # the ring goes first: stage 0 waits for it, the router does not
+        # The ring goes first: stage 0 waits for it, the router does not.
+        if not lane.first and not self._engine.links.sends_ring:
             sent = self._send_tensor(lane, stage_pb2.LINK_KIND_RING, number, memoryview(column))
         result = stage_pb2.StepResult(epoch=lane.request.epoch, number=number, token_ids=column)
         if logits is not None:
