@@ -29,7 +29,8 @@ from stagemesh.v1 import admin_pb2, admin_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
-STAGE_FLAGS = ("--kv-memory", "64GiB")
+ROOMY = "64GiB"
+"""KV memory that the simulated stages claim to have, where blocks should not matter."""
 NUM_STREAMS = 256
 COSTS = ("8ms", "8ms")
 WARM_S, WINDOW_S = 3.0, 8.0
@@ -68,9 +69,10 @@ def demo_model() -> Path:
 
 
 @contextmanager
-def mesh(costs: Sequence[str], *router: str) -> Iterator[SimMesh]:
+def mesh(costs: Sequence[str], *router: str, kv_memory: str = ROOMY) -> Iterator[SimMesh]:
     """Simulated stages behind a router with the demo model's tokenizer."""
-    with sim_mesh(costs, router=router, stage=STAGE_FLAGS, model=demo_model()) as running:
+    stage = ("--kv-memory", kv_memory)
+    with sim_mesh(costs, router=router, stage=stage, model=demo_model()) as running:
         yield running
 
 
@@ -134,7 +136,8 @@ def memory_growth(
     num_requests: int = 20_000, settled: int = 2_000, api_workers: int = 0
 ) -> tuple[float, str]:
     """Growth in per cent of the router's memory (and its workers') from `settled` requests to `num_requests`."""
-    with mesh(("1ms",), "--api-workers", str(api_workers)) as running:
+    # With the default KV memory the prefix cache is full, and its index with it, after the first requests.
+    with mesh(("1ms",), "--api-workers", str(api_workers), kv_memory="1GiB") as running:
         pids = [running.router_pid, *descendants(running.router_pid)]
         used = []
         for count in (settled, num_requests - settled):

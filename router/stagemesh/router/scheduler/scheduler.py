@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ SLACK = 0.02
 
 ENDS_KEPT = 256
 """Ends that the pace of the queue is taken from."""
+DEADLINES_KEPT = 64
+"""Of requests that have ended; beside twice as many as are live."""
 RETRY_S = (0.1, 60.0)
 """Shortest and longest hint when to try again."""
 
@@ -100,7 +102,7 @@ class Scheduler:
         if request.end_token_ids:
             self._end_tokens.add(request.end_token_ids)
         if request.deadline < math.inf:
-            heappush(self._deadlines, (request.deadline, sequence.order, sequence))
+            self._watch_deadline(sequence)
         self._enqueue(sequence)
 
     def abort(self, request_id: str) -> StepDeltas:
@@ -121,6 +123,13 @@ class Scheduler:
                 self._finish(sequence, Finish.DEADLINE)
                 ends.append((sequence, Finish.DEADLINE))
         return StepDeltas(ends=tuple(ends))
+
+    def _watch_deadline(self, sequence: Sequence) -> None:
+        """Most end long before it: they are dropped when they are the greater part, lest they pile up."""
+        if len(self._deadlines) > 2 * len(self._live) + DEADLINES_KEPT:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].finish is None]
+            heapify(self._deadlines)
+        heappush(self._deadlines, (sequence.request.deadline, sequence.order, sequence))
 
     def take_result(self, number: int, token_ids: npt.NDArray[np.uint32], now: float) -> StepDeltas:
         """The tokens of the oldest unanswered step; returns what they mean for the requests."""

@@ -13,7 +13,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class _Pieces(dict[int, "str | int | None"]):
-    """What each id stands for: text, a byte, or nothing. Filled on first use of an id."""
+    """What each id stands for: text, a byte, or nothing. Filled at once, as in byte_level."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, special: frozenset[str], replacements: Sequence[tuple[str, str]]
@@ -22,6 +22,8 @@ class _Pieces(dict[int, "str | int | None"]):
         self._backend = backend
         self._special = special
         self._replacements = replacements
+        for id_ in range(backend.get_vocab_size(with_added_tokens=True)):
+            self[id_]
 
     def __missing__(self, id_: int) -> str | int | None:
         token = self._backend.id_to_token(id_)

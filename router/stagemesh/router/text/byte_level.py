@@ -22,12 +22,15 @@ _BYTE_OF = byte_alphabet()
 
 
 class _Pieces(dict[int, bytes]):
-    """The bytes of each id. Filled on an id's first use, so that loading a model does not pay for 128,000."""
+    """The bytes of each id. Filled at once, so that what a router needs does not grow while it serves: 1 us an
+    id. What the tokenizer does not know (an embedding may be padded) stands for nothing."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special: frozenset[str]) -> None:
         super().__init__()
         self._backend = backend
         self._special = special
+        for id_ in range(backend.get_vocab_size(with_added_tokens=True)):
+            self[id_]
 
     def __missing__(self, id_: int) -> bytes:
         token = self._backend.id_to_token(id_)
