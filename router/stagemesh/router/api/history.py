@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -35,33 +35,50 @@ class RequestHistory:
     def __init__(self, stages: Seq[StageLink], tracing: RouterTracing | None = None) -> None:
         self._stages = stages
         self._tracing = tracing
-        self._kept: OrderedDict[str, LiveRequest] = OrderedDict()
-        self._settled: dict[str, list[admin_pb2.StageTrace]] = {}
+        self._kept: OrderedDict[str, LiveRequest | bytes] = OrderedDict()
+        """Of a settled one, its trace serialized: many small objects that stay would hold the memory of those
+        around them."""
+        self._unsettled: deque[tuple[float, LiveRequest]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, live: LiveRequest) -> None:
         """Keep a request from its admission on."""
-        self._forget(live.request.request_id)
+        self._kept.pop(live.request.request_id, None)
         self._kept[live.request.request_id] = live
         while len(self._kept) > REQUESTS_KEPT:
-            self._forget(next(iter(self._kept)))
+            self._kept.popitem(last=False)
 
-    def settle(self, live: LiveRequest) -> None:
-        """Work out an ended request's times while the stages' are still kept, and let go of the rest."""
-        request_id, sequence = live.request.request_id, live.sequence
-        if sequence is None:
-            return
-        if self._tracing and live.request.trace:
+    def end(self, live: LiveRequest) -> None:
+        """The request has ended; its trace is worked out when the stages have reported its last steps."""
+        self._unsettled.append((time.monotonic() + SETTLE_S, live))
+        if len(self._unsettled) > REQUESTS_KEPT:
+            self._settle(self._unsettled.popleft()[1])
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._settle_due)
+
+    def _settle_due(self) -> None:
+        self._timer, now = None, time.monotonic()
+        while self._unsettled and self._unsettled[0][0] <= now:
+            self._settle(self._unsettled.popleft()[1])
+        if self._unsettled:
+            pause_s = self._unsettled[0][0] - now
+            self._timer = asyncio.get_running_loop().call_later(pause_s, self._settle_due)
+
+    def _settle(self, live: LiveRequest) -> None:
+        """Work out its times while the stages' are still kept, and let go of the rest."""
+        request_id = live.request.request_id
+        if self._tracing and live.request.trace and live.sequence:
             self._tracing.requests.add(
-                live.request.trace, live, sequence, self._stages, self._tracing.steps.ids
+                live.request.trace, live, live.sequence, self._stages, self._tracing.steps.ids
             )
-        live.sequence, live.num_tokens = None, len(sequence.token_ids)
         if self._kept.get(request_id) is live:
-            self._settled[request_id] = self._traces(sequence)
+            self._kept[request_id] = self._trace(live).SerializeToString()
 
     async def settled(self, request_id: str) -> admin_pb2.GetRequestTraceResponse | None:
         """`trace`; of a request that has just ended, once the stages have reported its last step."""
         deadline = time.monotonic() + SETTLE_S
-        while (live := self._kept.get(request_id)) and live.ended and (sequence := live.sequence):
+        while isinstance(live := self._kept.get(request_id), LiveRequest) and live.ended and live.sequence:
+            sequence = live.sequence
             last = max((*sequence.prefill_steps[-1:], *sequence.decode_steps[-1:]), default=0)
             if time.monotonic() > deadline or all(stage.timings.has(last) for stage in self._stages):
                 break
@@ -70,17 +87,19 @@ class RequestHistory:
 
     def trace(self, request_id: str) -> admin_pb2.GetRequestTraceResponse | None:
         """Where a request's time went so far; None if it is not among the kept."""
-        live = self._kept.get(request_id)
-        if live is None:
-            return None
+        kept = self._kept.get(request_id)
+        if isinstance(kept, bytes):
+            return admin_pb2.GetRequestTraceResponse.FromString(kept)
+        return self._trace(kept) if kept else None
+
+    def _trace(self, live: LiveRequest) -> admin_pb2.GetRequestTraceResponse:
         sequence = live.sequence
-        state = "failed" if live.error else live.finish.value if live.finish else "running"
         response = admin_pb2.GetRequestTraceResponse(
-            request_id=request_id,
-            state=state,
+            request_id=live.request.request_id,
+            state="failed" if live.error else live.finish.value if live.finish else "running",
             prompt_tokens=len(live.request.prompt),
-            output_tokens=len(sequence.token_ids) if sequence else live.num_tokens,
-            stages=self._traces(sequence) if sequence else self._settled.get(request_id),
+            output_tokens=sequence.num_generated if sequence else 0,
+            stages=self._traces(sequence) if sequence else [],
             trace_id=live.request.trace[:16].hex(),
         )
         if response.stages:
@@ -92,10 +111,6 @@ class RequestHistory:
         if live.ended:
             response.total_ms = (live.ended - live.arrived) * 1e3
         return response
-
-    def _forget(self, request_id: str) -> None:
-        self._kept.pop(request_id, None)
-        self._settled.pop(request_id, None)
 
     def _traces(self, sequence: Sequence) -> list[admin_pb2.StageTrace]:
         prefill = np.array(sequence.prefill_steps, np.int64)

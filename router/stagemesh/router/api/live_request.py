@@ -30,9 +30,7 @@ class LiveRequest:
     first_token: float = 0.0
     ended: float = 0.0
     sequence: Sequence | None = None
-    """None once its trace is worked out."""
-    num_tokens: int = 0
-    """Generated, once `sequence` is None."""
+    """The scheduler's; None if it was refused."""
     num_cached: int = 0
     """Prompt tokens found in the prefix cache."""
     finish: Finish | None = None

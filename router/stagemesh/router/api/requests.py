@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from stagemesh.router.api.backend import End, Outlet
-from stagemesh.router.api.history import SETTLE_S, RequestHistory
+from stagemesh.router.api.history import RequestHistory
 from stagemesh.router.api.live_request import LiveRequest, SlotTable
 from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.config import RouterConfig
@@ -199,7 +199,7 @@ class Requests:
         request_id = live.request.request_id
         del self._live[request_id]
         live.port.live.pop(live.handle, None)
-        asyncio.get_running_loop().call_later(SETTLE_S, self.history.settle, live)
+        self.history.end(live)
 
 
 class Port:
