@@ -128,7 +128,7 @@ def failures_of_1000() -> tuple[int, str]:
     """How many of 1,000 streams that start at once do not finish, and what the first of them said."""
     with mesh(COSTS, "--api-workers", "1") as running:
         with Load(running.listen, "generate", [(8, 64)] * 1000) as load:
-            done = load.finish(120.0)
+            done = load.finish()
         return 1000 - done.finished, done.first_error
 
 
@@ -142,7 +142,7 @@ def memory_growth(
         used = []
         for count in (settled, num_requests - settled):
             with Load(running.listen, "session", [(16, 8)] * count) as load:
-                done = load.finish(300.0)
+                done = load.finish()
             if done.finished < count:
                 raise RuntimeError(f"{count - done.finished} requests failed: {done.first_error}")
             time.sleep(2.0)  # traces are settled a second after a request's end

@@ -19,6 +19,7 @@ Request = tuple[int, int]
 """Prompt tokens, output tokens."""
 OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.use_local_subchannel_pool", 1))
 MAX_LIVE = 1_000
+CALL_TIMEOUT_S = 300.0
 
 
 @dataclass(slots=True)
@@ -55,9 +56,8 @@ class Load:
         """What it has got."""
         return self._ask("so far")
 
-    def finish(self, timeout_s: float) -> Delivered:
-        """Wait until every stream has ended."""
-        del timeout_s  # the child's calls have a deadline of their own
+    def finish(self) -> Delivered:
+        """Wait until every stream has ended, or its call's deadline of CALL_TIMEOUT_S has passed."""
         return self._ask("finish")
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ async def _main(spec: dict[str, Any]) -> None:
     async def session(stub: Any) -> None:
         waiting = list(reversed(requests))
         live = 0
-        call = stub.Session(timeout=500)
+        call = stub.Session(timeout=CALL_TIMEOUT_S)
 
         async def start(count: int) -> None:
             nonlocal live
@@ -132,7 +132,7 @@ async def _main(spec: dict[str, Any]) -> None:
 
     async def generate(stub: Any, request: pb.GenerateRequest) -> None:
         try:
-            async for response in stub.Generate(request, timeout=500):
+            async for response in stub.Generate(request, timeout=CALL_TIMEOUT_S):
                 got.messages += 1
                 got.tokens += len(response.token_ids)
                 got.characters += len(response.text)
