@@ -1,6 +1,7 @@
 """A client that takes every message of many streams, in a process of its own.
 
-Says after every line it is sent how much it has got; ends when its input ends, or all streams have.
+The first line it is sent says what to ask for. After every further one it says how much it has got; it ends when
+its input ends.
 """
 
 from __future__ import annotations
@@ -46,11 +47,10 @@ class Load:
     def __init__(self, address: str, kind: str, requests: Sequence[Request]) -> None:
         spec = json.dumps({"address": address, "kind": kind, "requests": requests})
         self._child = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), spec],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, str(Path(__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self._child.stdin is not None
+        print(spec, file=self._child.stdin, flush=True)
 
     def so_far(self) -> Delivered:
         """What it has got."""
@@ -159,4 +159,4 @@ async def _main(spec: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import uvloop
 
-    uvloop.run(_main(json.loads(sys.argv[1])))
+    uvloop.run(_main(json.loads(sys.stdin.readline())))
