@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -247,7 +248,9 @@ async def test_a_timeout_of_its_own_shortens_the_calls(side: Any) -> None:
     await call.write(start("long", timeout_ms=5_000_000))
     await side.backend.wait("short", "long")
     short, long = (side.backend.submitted[name][1].deadline for name in ("short", "long"))
-    assert 990 < long - short < 1_000
+    assert short <= time.monotonic() + 5.0
+    # gRPC rounds a timeout on the wire.
+    assert 900 < long - short < 1_100
 
 
 def test_frames_between_router_and_worker_keep_what_they_carry() -> None:
