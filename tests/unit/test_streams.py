@@ -17,6 +17,7 @@ from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.backend import End
 from stagemesh.router.api.public_server import PublicServer
 from stagemesh.router.api.served_model import ServedModel
+from stagemesh.router.api.session import MAX_REFUSED
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.scheduler import Finish, Request
@@ -202,6 +203,19 @@ async def test_what_the_scheduler_refuses_ends_that_request_alone(side: Any) -> 
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     side.backend.give({"good": 4}, ends=["good"])
     assert (await call.read()).token_ids == [4]
+
+
+async def test_refusals_do_not_pile_up_for_a_client_that_does_not_read(side: Any) -> None:
+    """One that only asks is not read any more; one that reads gets every refusal."""
+    call = side.stub.Session()
+    bad = start(*(f"bad{number}" for number in range(5_000)), temperature=-1.0)
+    await call.write(bad)
+    ended = 0
+    while ended < 5_000:
+        response = await call.read()
+        assert len(response.ends) <= MAX_REFUSED
+        ended += len(response.ends)
+    assert len(side.backend.refusals) == 5_000
 
 
 async def test_an_id_is_live_until_its_end_was_sent(side: Any) -> None:

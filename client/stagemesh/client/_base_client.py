@@ -180,7 +180,8 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         traces = [value for key, value in metadata if key == TRACEPARENT_KEY]
         rest = tuple(pair for pair in metadata if pair[0] != TRACEPARENT_KEY)
         request, timeout_s = exchange.request, exchange.remaining_s()
-        request.traceparent = traces[-1] if traces else ""
+        if traces:
+            request.traceparent = traces[-1]
         request.timeout_ms = 0 if timeout_s is None else min(MAX_TIMEOUT_MS, 1 + int(timeout_s * 1e3))
         while True:
             if self._shared is None:

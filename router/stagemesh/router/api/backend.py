@@ -3,7 +3,7 @@
 The public side checks, tokenizes, detokenizes and streams (`Streams`); the scheduler's side owns the lane and
 counts (`Requests`). They are in one process, or the public side is in API workers, and then each of these
 calls is a message (`router/worker`). A handle is the number by which the public side that made a request knows
-it; it is never used again.
+it; it is not used again while anything of it can be on its way.
 """
 
 from __future__ import annotations

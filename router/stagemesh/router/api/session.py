@@ -17,6 +17,9 @@ from stagemesh.wire.status import to_proto
 TURN_S = 0.002
 """Tokenizing a message full of long prompts gives way to others after this time."""
 
+MAX_REFUSED = 1_000
+"""Refusals that may wait for a client that does not read, before nothing more is read from it."""
+
 
 class Session:
     """The requests of one Session call.
@@ -36,6 +39,7 @@ class Session:
         self._refused: list[inference_pb2.SessionEnd] = []
         self._changed: list[RequestStream] = []
         self._wake = asyncio.Event()
+        self._told = asyncio.Event()
 
     async def run(
         self, requests: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
@@ -70,6 +74,9 @@ class Session:
         async for request in requests:
             turn_ends = time.monotonic() + TURN_S
             for start in request.start:
+                if len(self._refused) >= MAX_REFUSED:
+                    self._told.clear()
+                    await self._told.wait()
                 self._start(start)
                 if time.monotonic() > turn_ends:
                     await asyncio.sleep(0)
@@ -103,6 +110,7 @@ class Session:
     def _collect(self) -> inference_pb2.SessionResponse:
         changed, self._changed = self._changed, []
         refused, self._refused = self._refused, []
+        self._told.set()
         request_ids, texts, counts = [], [], []
         token_ids: list[int] = []
         ended = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from itertools import count
 
 from stagemesh.router.api.backend import Backend, Column, End
 from stagemesh.router.api.checking import check
@@ -30,7 +29,7 @@ class Streams:
         self.spans = spans
         self.backend: Backend
         """Set before the first request."""
-        self._handles = count(1)
+        self._last_handle = 0
         self._live: dict[int, RequestStream] = {}
 
     def __len__(self) -> int:
@@ -62,7 +61,7 @@ class Streams:
             raise
         if trace or deadline < math.inf:
             request = replace(request, deadline=deadline, trace=trace.context if trace else b"")
-        stream = RequestStream(next(self._handles), request, self.model.tokenizer, reader, arrived)
+        stream = RequestStream(self._new_handle(), request, self.model.tokenizer, reader, arrived)
         stream.trace = trace
         self._live[stream.handle] = stream
         self.backend.submit(stream.handle, request, arrived)
@@ -102,6 +101,13 @@ class Streams:
         """Every stream ends with an error."""
         for handle, stream in list(self._live.items()):
             self.fail(handle, error.of_request(stream.request.request_id))
+
+    def _new_handle(self) -> int:
+        """They are 32 bits on the way to the scheduler's side."""
+        while True:
+            self._last_handle = (self._last_handle + 1) & 0xFFFFFFFF
+            if self._last_handle not in self._live:
+                return self._last_handle
 
     def _end_span(self, stream: RequestStream) -> None:
         if stream.trace and self.spans:
