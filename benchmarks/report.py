@@ -7,8 +7,10 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,18 @@ class Report:
         row = Row(
             name=name, value=rounded, unit=unit, target=target, stretch=stretch, met=met, reference=reference
         )
+        self._take(row, "" if target is None else f"target {'<=' if at_most else '>='} {target:g}")
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Add a row of another benchmark, as its JSON has it."""
+        taken = Row(**row)
+        self._take(taken, "" if taken.target is None else f"target {taken.target:g}")
+
+    def _take(self, row: Row, bound: str) -> None:
         self.rows.append(row)
-        mark = {True: "met", False: "MISSED", None: ""}[met]
-        bound = "" if target is None else f"target {'<=' if at_most else '>='} {target:g}"
+        mark = {True: "met", False: "MISSED", None: ""}[row.met]
         print(
-            f"{name:<44} {rounded!s:>9} {unit:<6} {bound:<18} {mark:<7} {reference}",
+            f"{row.name:<44} {row.value!s:>9} {row.unit:<6} {bound:<18} {mark:<7} {row.reference}",
             file=sys.stderr,
             flush=True,
         )

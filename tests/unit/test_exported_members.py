@@ -56,6 +56,7 @@ def test_the_command_has_these_subcommands_and_global_flags() -> None:
         "trace",
         "top",
         "timeline",
+        "plan",
         "simulate",
         "health",
         "doctor",

@@ -28,6 +28,7 @@ COMMANDS = {
     "trace": "Show where the time of a request went, stage by stage.",
     "top": "Watch the mesh: stages, latencies, tokens per second.",
     "timeline": "Record the steps of all stages as a Chrome trace.",
+    "plan": "Propose which layers go on which stage, by cost.",
     "simulate": "Run the scheduler over simulated stages, in virtual time.",
     "health": "Ask a router or a stage whether it is ready.",
     "doctor": "Check a node before it joins a mesh.",

@@ -79,7 +79,10 @@ class CostModel:
         if not len(shapes):
             return
         if self._num_steps[stage] >= MIN_STEPS:
-            expected = shapes @ self.coefficients[stage]
+            # As last solved for: a stage's report alone is no reason to solve for all of them again.
+            if not self._coefficients[stage].any():
+                self._coefficients = self._solve()
+            expected = shapes @ (self._coefficients[stage] / SCALES)
             seconds = np.minimum(seconds, OUTLIER * np.maximum(expected, 1e-6))
         scaled = shapes / SCALES
         weights = FORGETTING ** np.arange(len(shapes) - 1, -1, -1)

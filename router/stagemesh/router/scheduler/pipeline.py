@@ -92,6 +92,7 @@ class PipelineTimes:
         self._wait = np.zeros((STEPS_KEPT, num_stages))
         self._before = np.zeros((STEPS_KEPT, num_stages))
         self._newest = 0
+        self._recent, self._recent_at = np.zeros(self._shapes.shape[1]), 0
         self._answered_at = 0.0
 
     def sent(self, number: int, shape: Float64, newest_input: int, now: float) -> None:
@@ -178,9 +179,11 @@ class PipelineTimes:
 
     def recent_shape(self) -> Float64:
         """[terms] of the last steps, on average."""
-        where = self._window(RECENT)
-        shape: Float64 = self._shapes[where].mean(axis=0) if len(where) else np.zeros(self._shapes.shape[1])
-        return shape
+        if self._recent_at != self._newest:
+            where = self._window(RECENT)
+            self._recent = self._shapes[where].mean(axis=0) if len(where) else np.zeros(self._shapes.shape[1])
+            self._recent_at = self._newest
+        return self._recent.copy()
 
     def _window(self, count: int = WINDOW) -> Int64:
         numbers = np.arange(max(1, self._newest - count + 1), self._newest + 1)

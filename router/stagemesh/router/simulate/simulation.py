@@ -25,7 +25,10 @@ from stagemesh.wire.errors import ResourceExhaustedError
 Int64 = npt.NDArray[np.int64]
 
 REPORT_NS = 250_000_000
-"""Stages say so often where their time went, as real ones do."""
+"""Stages say so often where their time went, as real ones do ..."""
+LEARNING_NS = 20_000_000_000
+LEARNT_REPORT_NS = 2_500_000_000
+"""... and after LEARNING_NS so often: their costs do not change, and most of a long run would go into reports."""
 NEVER = 1 << 62
 
 
@@ -161,7 +164,7 @@ class Simulation:
 
     def _report(self, now: int) -> None:
         """What stages have done since the last report, as `StageReport` says it."""
-        self._next_report_ns = now + REPORT_NS
+        self._next_report_ns = now + (REPORT_NS if now < LEARNING_NS else LEARNT_REPORT_NS)
         done = []
         while self._unreported and self._unreported[0][1].ends[-1] <= now:
             done.append(self._unreported.popleft())
