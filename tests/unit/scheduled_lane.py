@@ -74,6 +74,12 @@ class ScheduledLane:
         assert not delta.token_ids
         self._end(request_id, Finish.ABORT)
 
+    def expire(self) -> None:
+        """End those whose deadline has passed."""
+        for delta in self.scheduler.expire(self.now):
+            assert delta.request.deadline <= self.now
+            self._end(delta.request.request_id, Finish.DEADLINE)
+
     def step(self) -> Step | None:
         """Form and run a step; its result waits."""
         step = self.scheduler.next_step(self.now)
@@ -93,8 +99,8 @@ class ScheduledLane:
         assert len(self.in_flight) == self.scheduler.num_in_flight <= self.limits.depth
         return step
 
-    def result(self) -> None:
-        """Deliver the oldest result."""
+    def result(self) -> int:
+        """Deliver the oldest result; returns how many tokens were anybody's."""
         step, tokens = self.in_flight.popleft()
         names = [
             sequence.request.request_id
@@ -104,12 +110,14 @@ class ScheduledLane:
         for name in names:
             self._num_known[name] += 1
         self.num_ignored += sum(name in self.finished for name in names)
-        for delta in self.scheduler.take_result(step.number, tokens, self.now):
+        deltas = self.scheduler.take_result(step.number, tokens, self.now)
+        for delta in deltas:
             name = delta.request.request_id
             assert name not in self.finished, "tokens after the end"
             self.answers[name] += delta.token_ids
             if delta.finish:
                 self._end(name, delta.finish)
+        return len(deltas.token_ids)
 
     def run_to_end(self, num_turns: int = 20_000) -> None:
         """Until every request has ended; within `num_turns`, or somebody starves."""
@@ -129,7 +137,7 @@ class ScheduledLane:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         for name, request in self.requests.items():
             expected, answer = expected_answer(request), self.answers[name]
-            if self.finished[name] is Finish.ABORT:
+            if self.finished[name] in (Finish.ABORT, Finish.DEADLINE):
                 assert answer == expected[: len(answer)]
                 continue
             assert answer == expected

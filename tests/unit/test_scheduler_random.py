@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,6 +28,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_microbatches=st.integers(1, 4),
         lookahead=st.integers(0, 3),
         depth=st.integers(1, 6),
+        adaptive=st.booleans(),
+        itl_target_s=st.sampled_from([0.0, 0.02]),
     )
     def start(
         self,
@@ -33,6 +39,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_microbatches: int,
         lookahead: int,
         depth: int,
+        adaptive: bool,
+        itl_target_s: float,
     ) -> None:
         limits = make_limits(
             num_blocks=num_blocks,
@@ -42,18 +50,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_microbatches=num_microbatches,
             lookahead=lookahead,
             depth=depth,
+            num_stages=2,
+            max_microbatches=4 if adaptive else 0,
+            itl_target_s=itl_target_s,
         )
         note(str(limits))
         self.lane = ScheduledLane(limits)
 
     @precondition(lambda self: len(self.lane.requests) < MAX_REQUESTS)
     @rule(
-        length=st.integers(1, 20), tokens=st.integers(1, 20), stops=st.booleans(), priority=st.integers(-1, 1)
+        length=st.integers(1, 20),
+        tokens=st.integers(1, 20),
+        stops=st.booleans(),
+        priority=st.integers(-1, 1),
+        lifetime=st.none() | st.floats(0.0, 2.0),
     )
-    def submit(self, length: int, tokens: int, stops: bool, priority: int) -> None:
+    def submit(self, length: int, tokens: int, stops: bool, priority: int, lifetime: float | None) -> None:
         tokens = min(tokens, self.lane.limits.num_blocks * 4 - length + 1)
         name = f"r{len(self.lane.requests)}"
-        self.lane.submit(make_request(name, length, tokens, stops=stops, priority=priority))
+        request = make_request(name, length, tokens, stops=stops, priority=priority)
+        if lifetime is not None:
+            request = replace(request, deadline=self.lane.now + lifetime)
+        self.lane.submit(request)
 
     @precondition(lambda self: self.lane.scheduler.live)
     @rule(data=st.data())
@@ -65,6 +83,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def form_steps(self, count: int) -> None:
         for _ in range(count):
             self.lane.step()
+
+    @rule(seconds=st.floats(0.0, 1.0))
+    def time_passes(self, seconds: float) -> None:
+        self.lane.now += seconds
+        self.lane.expire()
+
+    @rule(
+        stage=st.integers(0, 1),
+        milliseconds=st.lists(st.floats(0.0, 50.0), min_size=6, max_size=6),
+        count=st.integers(1, 12),
+    )
+    def report(self, stage: int, milliseconds: list[float], count: int) -> None:
+        """Times that make no sense together: what is learnt may be wrong, and must not do harm."""
+        numbers = np.array([step.number for step in self.lane.steps[-count:]], np.int64)
+        times_ns = np.tile(np.array(milliseconds) * 1e6, (len(numbers), 1)).astype(np.int64)
+        self.lane.scheduler.take_timings(stage, numbers, times_ns)
 
     @precondition(lambda self: self.lane.in_flight)
     @rule()
@@ -84,6 +118,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert scheduler.num_running + scheduler.num_waiting == live == len(scheduler.live)
         assert scheduler.num_running <= self.lane.limits.max_slots
         assert 0 <= scheduler.pool.num_free <= scheduler.pool.num_blocks
+
+    @invariant()
+    def blocks_are_owned_by_those_that_run(self) -> None:
+        """By one sequence each, unless it is shared for its prefix; what nobody's table has is free."""
+        scheduler = self.lane.scheduler
+        slots = scheduler.running.slots
+        owned: Counter[int] = Counter()
+        for sequence in scheduler.live:
+            if sequence.slot >= 0:
+                table = slots.tables[sequence.slot, : slots.num_blocks[sequence.slot]].tolist()
+                assert len(set(table)) == len(table)
+                owned.update(table)
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks - len(owned)
+        assert all(scheduler.pool._owners[block] == count for block, count in owned.items())
+
+    @invariant()
+    def the_backlog_is_what_is_left_of_prompts(self) -> None:
+        scheduler = self.lane.scheduler
+        left = 0
+        for sequence in scheduler.live:
+            done = int(scheduler.running.slots.position[sequence.slot]) if sequence.slot >= 0 else 0
+            left += max(len(sequence.to_prefill) - done, 0)
+        assert scheduler.backlog == left
 
     def teardown(self) -> None:
         self.lane.run_to_end()

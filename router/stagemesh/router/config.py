@@ -111,6 +111,10 @@ class RouterConfig(_Settings):
         default=None, description="Address of an HTTP server for /metrics, /healthz and /readyz; unset: none."
     )
     debug_logits: bool = Field(default=False, description="For tests: step results carry logits.")
+    event_log: str | None = Field(
+        default=None,
+        description="A file that gets every event of the scheduler, from which its steps can be made again.",
+    )
     step_log: str | None = Field(
         default=None, description="For tests and debugging: a file that gets a JSON line a step."
     )

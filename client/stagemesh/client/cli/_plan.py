@@ -47,12 +47,14 @@ ROUTER_OPTIONS = (
     "lookahead",
     "prefix_cache",
     "max_in_flight",
+    "itl_target_ms",
     "step_timeout_s",
     "link_timeout_s",
     "heartbeat_timeout_s",
     "trace",
     "metrics",
     "debug_logits",
+    "event_log",
     "step_log",
 )
 """Fields of RouterConfig that `up` takes."""

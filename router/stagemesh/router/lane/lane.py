@@ -18,6 +18,7 @@ from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Request, Scheduler, Step, StepDeltas
+from stagemesh.router.scheduler.event_log import EventLog
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import encode
 from stagemesh.router.tracing.step_spans import StepSpans
@@ -96,6 +97,7 @@ class Lane:
         self._lost: asyncio.Future[StageLostError] | None = None
         self._pumping = False
         self._said = ""
+        self._event_log = EventLog(Path(config.event_log).open("w")) if config.event_log else None  # noqa: SIM115 - open as long as the lane
         self._step_log = Path(config.step_log).open("a") if config.step_log else None  # noqa: SIM115 - open as long as the lane
 
     # Requests
@@ -109,7 +111,10 @@ class Lane:
                 request_id=request.request_id,
                 retry_after_s=1.0,
             )
-        self.scheduler.submit(request, time.monotonic())
+        now = time.monotonic()
+        self.scheduler.submit(request, now)
+        if self._event_log:
+            self._event_log.submit(request, now)
         self._pump_soon()
 
     def abort(self, request_id: str) -> bool:
@@ -117,6 +122,8 @@ class Lane:
         deltas = self.scheduler.abort(request_id) if self.scheduler else StepDeltas()
         if not len(deltas):
             return False
+        if self._event_log:
+            self._event_log.abort(request_id)
         self._tell(deltas)
         self._pump_soon()
         return True
@@ -141,6 +148,8 @@ class Lane:
             await self._close_streams()
             for stage in self.stages:
                 await stage.aclose()
+            if self._event_log:
+                self._event_log.close()
 
     async def _form(self) -> None:
         while True:
@@ -192,6 +201,8 @@ class Lane:
             stage.report = stage_pb2.StageReport()
             stage.execute(self.epoch, self._take_response, self._lose)
         self.scheduler = Scheduler(limits)
+        if self._event_log:
+            self._event_log.open(limits, self.epoch)
         self.num_steps = 0
         self.num_formed += 1
         self._sent_at.clear()
@@ -224,6 +235,8 @@ class Lane:
             if error := self._overdue():
                 return error
             self._pump_soon()  # deadlines pass also where no result comes
+            if self._event_log:
+                self._event_log.flush()
 
     def _overdue(self) -> StageLostError | None:
         """The control plane is the failure detector: silence and unanswered steps name their stage."""
@@ -278,9 +291,12 @@ class Lane:
 
     def _pump(self) -> None:
         self._pumping = False
-        if self.scheduler and len(expired := self.scheduler.expire(time.monotonic())):
+        now = time.monotonic()
+        if self.scheduler and len(expired := self.scheduler.expire(now)):
+            if self._event_log:
+                self._event_log.expire(now)
             self._tell(expired)
-        while self.scheduler and (step := self.scheduler.next_step(time.monotonic())):
+        while self.scheduler and (step := self._next_step(self.scheduler)):
             sent_ns = time.monotonic_ns()
             traceparent = self._spans.step_sent(step) if self._spans else ""
             message = encode(step, self.epoch, traceparent)
@@ -296,6 +312,13 @@ class Lane:
                 self._events.on_admitted(sequence)
             if self._step_log:
                 self._log_step(step, len(request))
+
+    def _next_step(self, scheduler: Scheduler) -> Step | None:
+        now = time.monotonic()
+        step = scheduler.next_step(now)
+        if self._event_log:
+            self._event_log.step(step, now)
+        return step
 
     def _take_response(self, stage: StageLink, response: stage_pb2.ExecuteResponse) -> None:
         try:
@@ -318,6 +341,8 @@ class Lane:
             return
         if self.scheduler:
             self.scheduler.take_timings(stage.index, numbers, times_ns)
+            if self._event_log:
+                self._event_log.timings(stage.index, numbers, times_ns)
         arrivals = times_ns[:, 0]
         known, columns = self.records.of(numbers)
         if len(known) == len(numbers):
@@ -332,7 +357,11 @@ class Lane:
         if self._step_log:
             self._log_result(result)
         token_ids = unpack(result.token_ids, U32, "token_ids")
-        if len(deltas := scheduler.take_result(result.number, token_ids, time.monotonic())):
+        now = time.monotonic()
+        deltas = scheduler.take_result(result.number, token_ids, now)
+        if self._event_log:
+            self._event_log.result(result.number, token_ids, now)
+        if len(deltas):
             self._tell(deltas)
 
     def _log_step(self, step: Step, num_bytes: int) -> None:

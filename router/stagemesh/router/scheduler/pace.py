@@ -100,6 +100,7 @@ class Pace:
         self._hops = Hops()
         self._num_rows = 0
         self._context = 0
+        self._backlog = 0
         self._ratio = 0.0
         """What a KV cell weighs against a row."""
 
@@ -128,9 +129,10 @@ class Pace:
         """A stage said where the time of some steps went."""
         self.costs.observe(stage, *self.times.reported(stage, numbers, times_ns))
 
-    def running(self, num_rows: int, context: int | None) -> None:
-        """How many sequences decode, and, now and then, the KV cells that they read in all."""
-        self._num_rows = num_rows
+    def running(self, num_rows: int, context: int | None, backlog: int) -> None:
+        """How many sequences decode, now and then the KV cells that they read in all, and how many positions
+        of prompts wait."""
+        self._num_rows, self._backlog = num_rows, backlog
         if context is not None:
             self._context = context
 
@@ -145,22 +147,21 @@ class Pace:
         """What one of the microbatches should weigh if these are all rows that decode."""
         return (len(positions) + self._ratio * float(positions.sum())) / self.num_microbatches
 
-    def allowance(self, rows: int, context: int, backlog: int) -> Allowance:
+    def allowance(self, rows: int, context: int) -> Allowance:
         """What a step with these decodes may carry of prefill.
 
         Args:
             rows: That decode in it.
             context: KV cells they read.
-            backlog: Prompt positions that wait.
         """
         floor = self._limits.step_tokens // PREFILL_PART
         if self.budget.has_target:
             floor = min(floor, self._limits.block_size)
         if not self._num_rows or not self.costs.ready:
             return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
-        usual_s = self.costs.predict(self._shape(self.num_microbatches))
+        usual_s = self.costs.predict(self._decodes())
         waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
-        allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, backlog)
+        allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, self._backlog)
         none = np.zeros(0, np.int64)
         left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
         return Allowance(self.costs, left_s, max(floor, 1), self._limits.block_size)
@@ -168,7 +169,7 @@ class Pace:
     def state(self) -> PipelineState:
         """For people."""
         known = self.costs.ready
-        step_s = self.costs.predict(self._shape(self.num_microbatches)) if known else np.zeros(0)
+        step_s = self.costs.predict(self._decodes()) if known else np.zeros(0)
         bubbles = self.times.bubble_shares()
         hops = self.times.hops()
         return PipelineState(
@@ -191,29 +192,40 @@ class Pace:
         if self._limits.max_microbatches and self._num_rows:
             shapes = np.stack([self._shape(m) for m in range(1, self._limits.max_microbatches + 1)])
             step_s = self.costs.predict(shapes)
+            counts = np.arange(1, len(shapes) + 1)
+            work = self._num_rows + counts * shapes[:, 2]
             self.num_microbatches = choose_num_steps(
-                step_s, self.num_microbatches, self._hops, self._limits.lookahead
+                step_s, work, self.num_microbatches, self._hops, self._limits.lookahead
             )
             chosen_s = step_s[self.num_microbatches - 1]
             cycle = cycle_s(chosen_s, self.num_microbatches, self._hops, self._limits.lookahead)
             through = float(chosen_s.sum()) + self._hops.trip
-            self.max_in_flight = self._in_flight(math.ceil(through / cycle * self.num_microbatches))
-        usual_s = self.costs.predict(self._shape(self.num_microbatches))
+            self.max_in_flight = self._in_flight(through / cycle * self.num_microbatches)
+        usual_s = self.costs.predict(self._decodes())
         constant, row, _, cell, _ = self.costs.coefficients[int(usual_s.argmax())]
         row += CONSTANT_SHARE * constant * self.num_microbatches / max(self._num_rows, 1)
         self._ratio = float(cell / row) if row > 0 else 0.0
 
-    def _in_flight(self, on_the_way: int) -> int:
-        """Unanswered steps to allow if `on_the_way` cover the way through the stages and back: one more lies
-        ready at the first stage."""
-        wanted = (
-            max(self.num_microbatches, on_the_way) + 1 if self._limits.lookahead else self.num_microbatches
-        )
+    def _in_flight(self, on_the_way: float) -> int:
+        """Unanswered steps to allow, if so many at a time are on their way through the stages and back: half a
+        step more at least lies ready at the first stage."""
+        wanted = self.num_microbatches
+        if self._limits.lookahead:
+            wanted = max(wanted + 1, math.ceil(on_the_way + 0.5))
         return min(wanted, self._limits.depth)
 
+    def _decodes(self) -> Float64:
+        """[terms] of a step that is one share of the decodes, without prefill."""
+        share = self.num_microbatches
+        return np.array([1.0, max(self._num_rows / share, 1.0), 0.0, self._context / share, 0.0])
+
     def _shape(self, num_steps: int) -> Float64:
-        """[terms] of a step, if so many share what runs and the prefill that runs beside it."""
-        shape = self.times.recent_shape() * (self.num_microbatches / num_steps)
+        """[terms] of a step if so many are in flight: they share the decodes, and the prefill that runs beside
+        them unless there is enough of it to fill any number of steps."""
+        shape = self.times.recent_shape()
+        plenty = self._limits.step_tokens * self._limits.max_microbatches
+        if self.budget.has_target or self._backlog < plenty:
+            shape *= self.num_microbatches / num_steps
         shape[0] = 1.0
         shape[1] = max(self._num_rows / num_steps, 1.0)
         shape[3] = self._context / num_steps

@@ -55,18 +55,20 @@ def cycle_s(step_s: Float64, num_steps: int, hops: Hops, lookahead: int) -> floa
     return max(bounds)
 
 
-def choose_num_steps(step_s: Float64, current: int, hops: Hops, lookahead: int) -> int:
-    """The number of steps in flight that runs everybody soonest.
+def choose_num_steps(step_s: Float64, work: Float64, current: int, hops: Hops, lookahead: int) -> int:
+    """The number of steps in flight that gets most done.
 
     Args:
-        step_s: [most, stages]: row m - 1 is a step's time on each stage if m share the load.
+        step_s: [most, stages]: row m - 1 is a step's time on each stage if m are in flight.
+        work: [most] positions that m steps compute.
         current: Stays unless another is better by GAIN.
         hops: Of the lane.
         lookahead: Steps sent ahead of their results.
     """
     cycles = [cycle_s(row, index + 1, hops, lookahead) for index, row in enumerate(step_s)]
-    best = int(np.argmin(cycles)) + 1
-    if current <= len(cycles) and cycles[current - 1] <= cycles[best - 1] * (1 + GAIN):
+    rates = work / np.array(cycles)
+    best = int(rates.argmax()) + 1
+    if current <= len(rates) and rates[current - 1] * (1 + GAIN) >= rates[best - 1]:
         return current
     return best
 

@@ -42,6 +42,9 @@ PREFILL_PART = 8
 SLACK = 0.02
 """Of its share that a microbatch may be off before its rows are dealt anew."""
 
+CONTEXT_STEPS = 16
+"""Steps between two looks at how much context there is in all."""
+
 ENDS_KEPT = 256
 """Ends that the pace of the queue is taken from."""
 DEADLINES_KEPT = 64
@@ -270,7 +273,8 @@ class Scheduler:
         columns = self.running.slots
         unfinished = columns.decoding & (columns.position < columns.end_position)
         total = np.flatnonzero(unfinished)
-        self.pace.running(len(total), int(columns.position[total].sum()) if self._number % 16 == 0 else None)
+        context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
+        self.pace.running(len(total), context, self.running.backlog)
         ready = total[columns.unseen[total] <= self.limits.lookahead]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
         kept = self.limits.step_tokens // PREFILL_PART if self._prefill_waits else 0
@@ -311,16 +315,19 @@ class Scheduler:
         weights = pace.row_weights(columns.position[ready])
         sums = np.cumsum(weights)
         share = pace.share(columns.position[total])
-        slack = max(SLACK * share, float(weights[0]))
+        lightest = float(weights.min())
+        slack = max(SLACK * share, lightest)
         together = int(np.searchsorted(last, last[0], side="right"))
         if abs(sums[together - 1] - share) <= slack:
             count = together
         else:
-            count = max(int(np.searchsorted(sums, share + weights[0] / 2, side="right")), 1)
+            count = max(int(np.searchsorted(sums, share + lightest / 2, side="right")), 1)
             if count > together:
                 free = (last == last[0]) | (columns.unseen[ready] == 0)
                 num_free = len(free) if free.all() else int(free.argmin())
-                if count > num_free and sums[num_free - 1] >= share / 2:
+                # More groups than there should be in flight have to become fewer, at the price of a wait.
+                crowded = np.count_nonzero(last[1:] != last[:-1]) >= pace.num_microbatches
+                if count > num_free and sums[num_free - 1] >= share / 2 and not crowded:
                     count = num_free
         return np.sort(ready[: min(count, most)])
 
@@ -331,7 +338,7 @@ class Scheduler:
         running = self.running
         tokens = self.limits.step_tokens - len(decodes)
         context = int(running.slots.position[decodes].sum()) + len(decodes)
-        allowance = self.pace.allowance(len(decodes), context, running.backlog)
+        allowance = self.pace.allowance(len(decodes), context)
         chunks: list[tuple[Sequence, int]] = []
 
         def take(sequence: Sequence) -> int:

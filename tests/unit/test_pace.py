@@ -1,0 +1,308 @@
+"""The cost model and what follows from it, in virtual time: nothing here is timed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from virtual_lane import Costs, VirtualLane, lane_limits
+
+from stagemesh.router.config import RouterConfig
+from stagemesh.router.lane.chain import Member
+from stagemesh.router.lane.driving import SPARE_MICROBATCHES, depth_of, limits_of
+from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
+from stagemesh.router.scheduler.pipeline import Hops, choose_num_steps, cycle_s
+from stagemesh.v1 import stage_pb2
+
+MS = 1e-3
+NO_WORK = np.zeros(0, np.int64)
+
+
+def decode_lane(
+    num_stages: int, costs: list[Costs] | Costs, *, streams: int = 64, lookahead: int = 1, **hops: float
+) -> VirtualLane:
+    """Streams that decode to the end of the run."""
+    each = costs if isinstance(costs, list) else [costs] * num_stages
+    lane = VirtualLane(lane_limits(num_stages, lookahead=lookahead), each, **hops)  # type: ignore[arg-type]
+    for index in range(streams):
+        lane.arrive(0.0, f"r{index}", 16, 5000)
+    lane.run(8.0)
+    return lane
+
+
+def rate(lane: VirtualLane) -> float:
+    """Tokens a second once it runs."""
+    return lane.num_tokens(4.0, 8.0) / 4.0
+
+
+# Cost model
+
+
+def test_the_model_finds_the_terms_of_a_cost() -> None:
+    generator = np.random.default_rng(1)
+    model, truth = CostModel(2), np.array([4e-3, 2e-5, 1e-5, 1e-8, 3e-9])
+    for _ in range(40):
+        shapes = np.stack(
+            [
+                shape_of(
+                    int(generator.integers(1, 200)),
+                    int(generator.integers(100, 100_000)),
+                    generator.integers(0, 4000, 2),
+                    generator.integers(0, 400, 2),
+                )
+                for _ in range(10)
+            ]
+        )
+        for stage, factor in enumerate((1.0, 3.0)):
+            noise = generator.normal(1.0, 0.01, len(shapes))
+            model.observe(stage, shapes, factor * (shapes @ truth) * noise)
+    asked = shape_of(64, 30_000, np.array([1000]), np.array([256]))
+    assert model.predict(asked) == pytest.approx([asked @ truth, 3 * (asked @ truth)], rel=0.02)
+
+
+def test_what_was_never_told_apart_is_still_predicted() -> None:
+    """Steps that are all alike: their own time is known, and no term is negative."""
+    model = CostModel(1)
+    shape = shape_of(16, 1600, NO_WORK, NO_WORK)
+    model.observe(0, np.tile(shape, (MIN_STEPS, 1)), np.full(MIN_STEPS, 5 * MS))
+    assert model.ready
+    assert model.predict(shape) == pytest.approx([5 * MS], rel=1e-3)
+    assert (model.coefficients >= 0).all()
+
+
+def test_a_hiccup_is_not_a_cost_and_a_slower_stage_is_believed() -> None:
+    model = CostModel(1)
+    shape = shape_of(16, 1600, NO_WORK, NO_WORK)
+    model.observe(0, np.tile(shape, (100, 1)), np.full(100, 5 * MS))
+    model.observe(0, shape[None], np.array([2.0]))
+    assert model.predict(shape)[0] < 5.5 * MS
+    for _ in range(200):
+        model.observe(0, np.tile(shape, (10, 1)), np.full(10, 10 * MS))
+    assert model.predict(shape) == pytest.approx([10 * MS], rel=0.05)
+
+
+def test_positions_within_a_budget_cost_it() -> None:
+    model = CostModel(1)
+    model._coefficients = np.array([[0.0, 0.0, 1e-5, 1e-8, 1e-8]]) * np.array(
+        [1.0, 64.0, 256.0, 16_384.0, 65_536.0]
+    )
+    few = [model.positions_within(np.array([4 * MS]), start) for start in (0, 1000, 10_000, 50_000)]
+    assert few == sorted(few, reverse=True)
+    for start, count in zip((0, 1000, 10_000), few, strict=False):
+        assert model.chunk_seconds(start, count)[0] == pytest.approx(4 * MS, rel=0.02)
+
+
+# Microbatches in flight
+
+
+def test_a_cycle_is_bound_by_the_slowest_stage_the_ring_or_the_results() -> None:
+    step = np.array([2 * MS, 3 * MS])
+    assert cycle_s(step, 4, Hops(1 * MS, 1 * MS), 1) == pytest.approx(12 * MS)
+    assert cycle_s(step, 1, Hops(1 * MS, 1 * MS), 1) == pytest.approx(6 * MS)
+    assert cycle_s(step, 1, Hops(1 * MS, 15 * MS), 1) == pytest.approx(10 * MS)
+    assert cycle_s(step, 1, Hops(1 * MS, 15 * MS), 0) == pytest.approx(20 * MS)
+
+
+def test_fewer_steps_than_stages_where_one_stage_is_much_slower() -> None:
+    """Small batches, whose head takes as long as everything else: two in flight keep it busy."""
+    step_s = np.array([[1.0, 1.0, 1.0, 3.0 + 0.1 / count] for count in range(1, 7)]) * MS
+    assert choose_num_steps(step_s, np.ones(6), 4, Hops(), 1) == 2
+
+
+def test_more_steps_than_stages_where_hops_are_long() -> None:
+    """Rows cost and the constant does not: smaller steps cost nothing and hide the hops."""
+    step_s = np.array([[24 * MS / count] * 4 for count in range(1, 7)])
+    assert choose_num_steps(step_s, np.ones(6), 4, Hops(ring=6 * MS), 1) >= 5
+
+
+def test_a_small_gain_changes_nothing() -> None:
+    step_s = np.array([[10 * MS], [5.1 * MS]])
+    assert choose_num_steps(step_s, np.ones(2), 1, Hops(ring=0.1 * MS), 1) == 1
+
+
+def members(*, cores: int, threads: int, device: str = "cpu", count: int = 3) -> list[Member]:
+    described = stage_pb2.DescribeResponse(
+        host_id="one",
+        num_cores=cores,
+        threads_per_rank=threads,
+        ranks=[stage_pb2.RankInfo(device=device)],
+        num_blocks=100,
+        block_size=16,
+        max_slots=64,
+        max_context=512,
+    )
+    return [Member(index, f"127.0.0.1:{index + 1}", described) for index in range(count)]
+
+
+@pytest.mark.parametrize(("cores", "threads", "at_once"), [(2, 2, 1), (4, 2, 2), (6, 2, 3)])
+def test_stages_that_share_cores_bound_what_is_in_flight(cores: int, threads: int, at_once: int) -> None:
+    config = RouterConfig(model="m", stages=("127.0.0.1:1",))
+    limits = limits_of(config, members(cores=cores, threads=threads))
+    most = at_once if at_once < 3 else 3 + SPARE_MICROBATCHES
+    assert (limits.num_microbatches, limits.max_microbatches) == (at_once, most)
+    assert limits.depth == depth_of(most, config.lookahead) == most + 1
+    assert limits.consecutive_blocks
+
+
+def test_a_number_that_was_asked_for_is_kept() -> None:
+    config = RouterConfig(model="m", stages=("127.0.0.1:1",), max_in_flight=2)
+    limits = limits_of(config, members(cores=1, threads=1, device="cuda:0"))
+    assert (limits.num_microbatches, limits.max_microbatches, limits.depth) == (2, 0, 3)
+    assert not limits.consecutive_blocks
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+def test_a_pipeline_does_the_work_of_its_stages(num_stages: int) -> None:
+    """64 streams; what is lost is the hops and nothing else."""
+    step = 8 * MS
+    lane = decode_lane(
+        num_stages, Costs(constant=step), hop_s=0.2 * MS, control_s=0.2 * MS, answer_s=0.4 * MS
+    )
+    ring = num_stages * 0.2 * MS if num_stages > 1 else 0.0
+    assert rate(lane) == pytest.approx(64 / (num_stages * step + ring), rel=0.01)
+    state = lane.scheduler.pace.state()
+    assert state.num_microbatches == num_stages
+    assert state.step_s == pytest.approx([step] * num_stages, rel=0.01)
+    assert state.bubble_shares == pytest.approx([ring / (num_stages * step + ring)] * num_stages, abs=0.01)
+
+
+def test_a_slow_stage_costs_what_it_is_slower_and_is_named() -> None:
+    costs = [Costs(constant=8 * MS), Costs(constant=12 * MS), Costs(constant=8 * MS), Costs(constant=8 * MS)]
+    lane = decode_lane(4, costs, hop_s=0.2 * MS, control_s=0.2 * MS, answer_s=0.4 * MS)
+    state = lane.scheduler.pace.state()
+    assert state.limiting_stage == 1
+    cycle = cycle_s(np.array(state.step_s), state.num_microbatches, Hops(state.ring_s, state.trip_s), 1)
+    # Three steps in flight keep the slow stage busy: all of 64 run every 36.8 ms, where four would take 48.
+    assert state.num_microbatches == 3
+    assert rate(lane) == pytest.approx(64 / cycle, rel=0.02)
+
+
+def test_hops_are_found_whatever_the_stages_clocks_say() -> None:
+    costs = [Costs(constant=3 * MS)] * 3
+    limits = lane_limits(3)
+    lanes = [
+        VirtualLane(limits, costs, hop_s=1 * MS, control_s=1 * MS, answer_s=2 * MS, clock_offsets_s=offsets)
+        for offsets in ((), (5.0, 900.0, 20.0))
+    ]
+    for lane in lanes:
+        for index in range(12):
+            lane.arrive(0.0, f"r{index}", 4, 500)
+        lane.run(2.0)
+        state = lane.scheduler.pace.state()
+        assert state.ring_s == pytest.approx(3 * MS, rel=0.05)
+        assert state.trip_s == pytest.approx(5 * MS, rel=0.1)
+
+
+# Lookahead
+
+
+@pytest.fixture(scope="module")
+def delayed() -> dict[tuple[int, float], VirtualLane]:
+    """Four stages of 8 ms, without and with 50 ms of delay on the results alone."""
+    return {
+        (lookahead, delay): decode_lane(
+            4,
+            Costs(constant=8 * MS),
+            lookahead=lookahead,
+            hop_s=0.2 * MS,
+            control_s=0.2 * MS,
+            answer_s=0.4 * MS + delay,
+        )
+        for lookahead in (0, 2, 3)
+        for delay in (0.0, 50 * MS)
+    }
+
+
+@pytest.mark.parametrize("lookahead", [2, 3])
+def test_lookahead_that_is_deep_enough_hides_late_results(
+    lookahead: int, delayed: dict[tuple[int, float], VirtualLane]
+) -> None:
+    assert rate(delayed[lookahead, 50 * MS]) > 0.97 * rate(delayed[lookahead, 0.0])
+
+
+def test_without_lookahead_late_results_cost_what_is_predicted(
+    delayed: dict[tuple[int, float], VirtualLane],
+) -> None:
+    lane = delayed[0, 50 * MS]
+    # Through the stages, two of three hops and to the first, and the result's way back.
+    expected = 64 / (4 * 8 * MS + 4 * 0.2 * MS + 0.4 * MS + 50 * MS)
+    assert rate(lane) == pytest.approx(expected, rel=0.02)
+    assert 64 / lane.scheduler.pace.state().cycle_s == pytest.approx(expected, rel=0.02)
+
+
+# Equal steps, and prefill
+
+
+def test_steps_cost_the_same_and_do_not_hold_the_same_count() -> None:
+    """A few streams have much more context than the others, and cells cost."""
+    costs = Costs(constant=1 * MS, row=0.01 * MS, cell=0.2e-6)
+    lane = VirtualLane(lane_limits(2), [costs] * 2, hop_s=0.1 * MS)
+    for index in range(40):
+        lane.arrive(0.0, f"r{index}", 6000 if index < 5 else 100, 3000)
+    lane.run(20.0)
+    seconds, counts = [], []
+    for step in lane.steps[-40:]:
+        positions = np.array([len(one.request.prompt) + one.num_generated for one in step.sequences])
+        seconds.append(costs.of(step, positions))
+        counts.append(len(step.slots))
+    assert max(seconds) / min(seconds) < 1.1
+    assert max(counts) > min(counts)
+
+
+def mixed_lane(costs: Costs, **fields: object) -> VirtualLane:
+    """64 streams decode when prompts of 4,000 tokens come, four a second."""
+    lane = VirtualLane(lane_limits(4, **fields), [costs] * 4, hop_s=0.2 * MS, answer_s=0.4 * MS)  # type: ignore[arg-type]
+    for index in range(64):
+        lane.arrive(0.0, f"r{index}", 100, 4000)
+    for index in range(40):
+        lane.arrive(5.0 + index / 4, f"long{index}", 4000, 20)
+    lane.run(15.0)
+    return lane
+
+
+def test_a_chunk_with_much_context_behind_it_is_smaller() -> None:
+    costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS, cell=0.5e-6)
+    lane = mixed_lane(costs)
+    chunks: dict[str, list[tuple[int, int]]] = {}
+    for step in lane.steps:
+        for sequence, count in zip(
+            step.sequences[step.num_decodes :], step.counts[step.num_decodes :], strict=True
+        ):
+            done = chunks.setdefault(sequence.request.request_id, [])
+            done.append((sum(one for _, one in done), int(count)))
+    alone = [done for name, done in chunks.items() if name.startswith("long") and len(done) > 4]
+    assert alone
+    early = np.mean([count for done in alone for start, count in done[:-1] if start < 1000])
+    late = np.mean([count for done in alone for start, count in done[:-1] if start > 3000])
+    assert late < early
+    assert all(sum(count for _, count in done) <= 4000 for done in alone)
+
+
+def test_long_prompts_do_not_stall_those_that_decode() -> None:
+    costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS)
+    lane = mixed_lane(costs)
+    streams = [np.diff(lane.token_times[f"r{index}"]) for index in range(64)]
+    quiet = np.median(
+        np.concatenate(
+            [np.diff([at for at in lane.token_times[f"r{index}"] if 2 < at < 5]) for index in range(64)]
+        )
+    )
+    assert max(float(one[50:].max()) for one in streams) < 5 * quiet
+    assert len(lane.token_times["long0"]) == 20
+
+
+@pytest.mark.parametrize("target_ms", [22.0, 26.0])
+def test_an_inter_token_target_is_held_by_holding_back_prefill(target_ms: float) -> None:
+    costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS)
+    free, held = mixed_lane(costs), mixed_lane(costs, itl_target_s=target_ms * MS)
+    loaded = [lane.intervals(since=6.5) for lane in (free, held)]
+    assert np.percentile(loaded[0], 95) > target_ms * MS, "the target is no bound: this shows nothing"
+    assert np.percentile(loaded[1], 95) <= target_ms * MS
+    assert held.scheduler.pace.state().itl_p95_s <= target_ms * MS
+    assert held.scheduler.running.slots.free
+
+
+def test_a_target_that_cannot_be_held_does_not_starve_prefill() -> None:
+    costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS)
+    lane = mixed_lane(costs, itl_target_s=1 * MS)
+    done = sum(len(times) == 20 for name, times in lane.token_times.items() if name.startswith("long"))
+    assert done > 2
