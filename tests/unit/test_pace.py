@@ -297,8 +297,10 @@ def test_an_inter_token_target_is_held_by_holding_back_prefill(target_ms: float)
     loaded = [lane.intervals(since=6.5) for lane in (free, held)]
     assert np.percentile(loaded[0], 95) > target_ms * MS, "the target is no bound: this shows nothing"
     assert np.percentile(loaded[1], 95) <= target_ms * MS
-    assert held.scheduler.pace.state().itl_p95_s <= target_ms * MS
-    assert held.scheduler.running.slots.free
+    # The router's own figure is of a sample of the rows.
+    assert held.scheduler.pace.state().itl_p95_s == pytest.approx(
+        np.percentile(held.intervals(since=5.0), 95), rel=0.03
+    )
 
 
 def test_a_target_that_cannot_be_held_does_not_starve_prefill() -> None:

@@ -61,7 +61,7 @@ def lane_limits(
     return Limits(**(values | fields))  # type: ignore[arg-type]
 
 
-@dataclass
+@dataclass(repr=False)
 class VirtualLane:
     """Runs requests that arrive at given times, as fast as the stages' costs allow.
 

@@ -20,7 +20,7 @@ BACKLOG_STEPS = 8
 """... and once more than its decodes for every so many full steps of prefill that wait."""
 WINDOW_S = 10.0
 """Of the inter-token times that the target is held over."""
-CONTROL_S = 1.0
+CONTROL_S = 0.5
 """Between two corrections, each by the last CONTROL_S alone: the whole window would answer too late."""
 ROWS_SAMPLED = 32
 """Inter-token times kept of a step; its rows differ little."""
@@ -38,7 +38,7 @@ class PrefillBudget:
     def __init__(self, step_tokens: int, itl_target_s: float) -> None:
         self._step_tokens = step_tokens
         self._target_s = itl_target_s
-        self._factor = 1.0
+        self._factor = 0.8  # until measured: what is predicted leaves out what is not known yet
         self._recent: deque[tuple[float, Float64]] = deque()
         self._corrected_at = 0.0
 
