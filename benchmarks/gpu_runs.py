@@ -182,6 +182,8 @@ def run_client(command: list[str], watch: MeshWatch, log: RunLog) -> None:
             if isinstance(seconds, float):
                 steady = steady_busy_share(watch.busy, after.at_s - seconds, after.at_s)
                 line["busy_shares"] = None if steady is None else [round(share, 4) for share in steady[1]]
+            # Of the middle of the run: at its end the load is another one.
+            line["pipeline"] = watch.pipelines[len(watch.pipelines) // 2] if watch.pipelines else None
             line["stages"] = [
                 {"compute_ms": round(stage.mean_compute_ms, 4), "wait_ms": round(stage.mean_wait_ms, 4)}
                 for stage in watch.status().lanes[0].stages

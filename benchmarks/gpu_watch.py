@@ -38,6 +38,8 @@ class MeshWatch:
     def __init__(self, admin: str, up_pid: int) -> None:
         self.busy: list[tuple[float, list[float]]] = []
         """(monotonic seconds, share of each stage over its last ten seconds)."""
+        self.pipelines: list[dict[str, object]] = []
+        """What the router had learnt of its pipeline at each of these moments."""
         self._channel = grpc.insecure_channel(admin)
         self._stub = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._stopped = threading.Event()
@@ -63,6 +65,7 @@ class MeshWatch:
     def start(self) -> None:
         """Begin to sample."""
         self.busy.clear()
+        self.pipelines.clear()
         self._stopped.clear()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -84,6 +87,20 @@ class MeshWatch:
             status = self.status()
             shares = [stage.busy_share for lane in status.lanes for stage in lane.stages]
             self.busy.append((time.monotonic(), shares))
+            self.pipelines += [_pipeline(lane) for lane in status.lanes]
+
+
+def _pipeline(lane: admin_pb2.LaneStatus) -> dict[str, object]:
+    """How many steps are in flight and why, as the router sees it."""
+    return {
+        "microbatches": lane.max_in_flight,
+        "allowed_in_flight": lane.allowed_in_flight,
+        "cycle_ms": round(lane.cycle_ms, 3),
+        "ring_hops_ms": round(lane.ring_hops_ms, 3),
+        "trip_hops_ms": round(lane.trip_hops_ms, 3),
+        "step_ms": [round(stage.step_ms, 3) for stage in lane.stages],
+        "bubble_shares": [round(stage.bubble_share, 4) for stage in lane.stages],
+    }
 
 
 def steady_busy_share(
