@@ -125,8 +125,21 @@ def test_gated_products(rows: int, dtype: torch.dtype, layout: Layout) -> None:
     torch.testing.assert_close(out.float(), F.silu(gate) * up, rtol=tolerance, atol=tolerance)
 
 
-def test_the_layout_is_one_this_machine_has() -> None:
-    assert fastest_layout() in LAYOUTS
+@pytest.mark.parametrize(
+    ("maker", "machine", "layout"),
+    [
+        ("GenuineIntel", "x86_64", "transposed"),
+        ("AuthenticAMD", "x86_64", "onednn"),
+        ("", "aarch64", "transposed"),
+    ],
+)
+def test_the_layout_goes_by_the_maker_of_the_cpu(
+    maker: str, machine: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    assert fastest_layout.__wrapped__() == layout
 
 
 def test_norm() -> None:

@@ -12,6 +12,7 @@ Which one is faster depends on who made the CPU: MKL keeps its AVX-512 kernels f
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -100,9 +101,8 @@ def fastest_layout() -> Layout:
     By its maker and not by a trial at each start, which on a busy machine could come out either way: two
     starts of a stage then give the same sums to the last bit.
     """
-    if not torch.backends.mkldnn.is_available():
-        return "transposed"
-    return "transposed" if torch.backends.mkl.is_available() and _is_intel() else "onednn"
+    measured_on = torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
+    return "onednn" if measured_on and not _is_intel() else "transposed"
 
 
 def _is_intel() -> bool:
