@@ -4,8 +4,8 @@
 
 Simulated stages (real leaders, workers, links and router; engines that sleep), one Session with many requests, and
 an OTLP receiver that takes what comes. In a block two meshes are up, one without tracing and one that samples 1% of
-the requests, or all; a pair is the same load on both, one after the other. There are more pairs for 1%, since
-less is at stake; each block has fresh meshes, lest one's luck with memory decides. An overhead is the
+the requests, or all; a pair is the same load on both, one after the other. There are two blocks for 1%, since
+less is at stake; each has fresh meshes, lest one's luck with memory decides. An overhead is the
 median over the pairs of on over off, with a 95% interval of that median by bootstrap; its upper bound counts.
 """
 
@@ -35,10 +35,10 @@ PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
 BLOCKS = {"1%": 2, "all": 1}
 """Times that fresh meshes are started."""
-PAIRS = {"1%": 44, "all": 14}
+PAIRS = 12
 """Of each block."""
-EXPORT_S = 1.0
-"""OTEL_BSP_SCHEDULE_DELAY: a fifth of its default, so that a load's spans are exported in its mesh's turn."""
+LOADS = 4
+"""Of a turn: together they take about as long as it is between two exports (OTEL_BSP_SCHEDULE_DELAY, 5 s)."""
 BOOTSTRAPS = 10_000
 Floats = npt.NDArray[np.float64]
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
@@ -50,14 +50,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--pairs", type=int, help="of each block; for a quick look")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of each block")
     options = parser.parse_args()
     report = Report("tracing", options.json)
     with receiver() as (endpoint, received):
         for mode, target in TARGETS.items():
-            blocks = [
-                measure_block(mode, endpoint, options.pairs or PAIRS[mode]) for _ in range(BLOCKS[mode])
-            ]
+            blocks = [measure_block(mode, endpoint, options.pairs) for _ in range(BLOCKS[mode])]
             add_row(report, mode, target, blocks)
     report.add(
         "spans that the receiver got", received["bytes"] / 1e6, "MB", reference=f"{received['calls']} exports"
@@ -101,7 +99,7 @@ def measure_block(mode: str, endpoint: str, pairs: int) -> Floats:
         for pair in range(pairs + 2):
             for place, (client, pids) in enumerate(meshes):
                 spent[pair, place] = sum(map(cpu_seconds, pids))
-                tokens[pair, place] = load(client, seed=pair)
+                tokens[pair, place] = sum(load(client, seed=LOADS * pair + turn) for turn in range(LOADS))
         return np.diff(spent, axis=0)[1:] / tokens[1:-1]
 
 
@@ -125,7 +123,6 @@ def environment(ratio: str, endpoint: str) -> Iterator[None]:
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
         "OTEL_TRACES_SAMPLER_ARG": ratio,
-        "OTEL_BSP_SCHEDULE_DELAY": str(int(EXPORT_S * 1000)),
     }
     if ratio:
         os.environ.update(names)
