@@ -27,7 +27,7 @@ def simulated_hour(share: float = 1.0) -> SimulationResult:
     """64 stages of 8 ms, 10,000 requests over an hour; or a share of that hour."""
     content = {
         "stages": {"count": 64, "cost": "8ms"},
-        "lane": {"num_blocks": 200_000},
+        "lane": {"num_blocks": 200_000, "max_sequences": 32},
         "load": {
             "rate": HOUR_REQUESTS / 3600,
             "requests": round(HOUR_REQUESTS * share),
