@@ -94,7 +94,7 @@ class Pipeline:
     def mixed(self) -> None:
         """Prompts and answers of every length, arriving at random."""
         for share in (1.2, 0.8):
-            load = mixed_load(share, 12.0 if self._quick else 24.0)
+            load = mixed_load(share, 16.0 if self._quick else 24.0)
             run = mixed_run(load)
             where = (
                 f"{len(load.requests)} requests in {load.duration_s:.0f} s, {load.about}; {_facts(run.facts)}"

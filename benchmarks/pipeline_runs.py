@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from load import Arrivals, Request, play
 from pipeline_simulated import Measured, saturated_rate
 from sim_mesh import SimMesh, sim_mesh
 
+from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.router.simulate.load import draw
 from stagemesh.router.simulate.spec import SimulationSpec, parse
 from stagemesh.v1 import admin_pb2, admin_pb2_grpc
@@ -25,6 +26,8 @@ MIXED_STAGES = 4
 MIXED_SEQUENCES = 32
 """For each stage: what runs at once is bounded, so that 100% of the load is a rate."""
 RAMP_S = 6.0
+BURST = 16
+"""Requests at once that say what each takes of the router: they fit one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,10 @@ class LaneFacts:
     slowest: int
     slowest_busy_share: float
     """Of the last ten seconds, by the reports of the slowest stage."""
+    request_ms: float = 0.0
+    """That the router takes for each request of a burst."""
+    client_ms: float = 0.3
+    """From client to router, and back."""
 
     @property
     def hop_ms(self) -> float:
@@ -54,7 +61,12 @@ class LaneFacts:
         return {
             "link": {"latency": f"{self.hop_ms:.4f}ms"},
             "ring": {"latency": f"{self.hop_ms:.4f}ms"},
-            "router": {"step": f"{rest:.4f}ms", "result": f"{rest:.4f}ms", "client": "0.3ms"},
+            "router": {
+                "step": f"{rest:.4f}ms",
+                "result": f"{rest:.4f}ms",
+                "request": f"{self.request_ms:.4f}ms",
+                "client": f"{self.client_ms:.4f}ms",
+            },
         }
 
 
@@ -210,6 +222,7 @@ def _play(
     mesh: SimMesh, requests: Sequence[Request], timeout_s: float, look_at_s: float | None = None
 ) -> tuple[Arrivals, LaneFacts]:
     """Play a load and ask the router what it has learnt: at a moment of the load, or in its last third."""
+    alone_ms, burst_ms = _calibrate(mesh)
     facts: list[LaneFacts] = []
     stop = threading.Event()
 
@@ -229,7 +242,29 @@ def _play(
     if arrivals.errors:
         raise RuntimeError(f"{len(arrivals.errors)} of {len(requests)} requests failed: {arrivals.errors[0]}")
     known = [one for one in facts if one.trip_hops_ms] or facts
-    return arrivals, known[-1 if look_at_s is not None else len(known) * 2 // 3]
+    chosen = known[-1 if look_at_s is not None else len(known) * 2 // 3]
+    of_alone_ms, of_burst_ms = (stages_ms(mesh.costs, count) for count in (1, BURST))
+    outside = max(0.0, alone_ms - of_alone_ms - chosen.trip_hops_ms) / 2
+    request_ms = max(0.0, (burst_ms - of_burst_ms) - (alone_ms - of_alone_ms)) / BURST
+    return arrivals, replace(chosen, client_ms=outside, request_ms=request_ms)
+
+
+def _calibrate(mesh: SimMesh) -> tuple[float, float]:
+    """Warm the mesh up; median milliseconds to the first token of a request alone, and of BURST at once."""
+    for _ in range(2):
+        play(mesh.listen, [(0.0, PROMPT, 8)] * BURST, timeout_s=30, seed=7)
+    alone = play(mesh.listen, [(0.2 * index, PROMPT, 1) for index in range(8)], timeout_s=30, seed=8).ttft()
+    bursts = [
+        play(mesh.listen, [(0.0, PROMPT, 1)] * BURST, timeout_s=30, seed=9 + n).ttft() for n in range(3)
+    ]
+    return float(np.median(alone)) * 1e3, float(np.median(np.concatenate(bursts))) * 1e3
+
+
+def stages_ms(costs: Sequence[str], num_prompts: int) -> float:
+    """What a step of so many prompts takes of all stages."""
+    tokens = num_prompts * PROMPT
+    shape = StepShape(tokens=tokens, rows=num_prompts, prefill=tokens - num_prompts, context=0)
+    return sum(CostModel.parse(cost).nanoseconds(shape) for cost in costs) / 1e6
 
 
 def lane_facts(admin: str) -> LaneFacts:

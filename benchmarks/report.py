@@ -52,7 +52,7 @@ class Report:
         """Add a row; `at_most` says that the target is a ceiling."""
         met = None
         if target is not None:
-            met = value is not None and (value <= target if at_most else value >= target)
+            met = value is not None and bool(value <= target if at_most else value >= target)
         rounded = None if value is None else float(f"{value:.4g}")
         row = Row(
             name=name, value=rounded, unit=unit, target=target, stretch=stretch, met=met, reference=reference

@@ -48,6 +48,8 @@ class SimMesh:
     router_pid: int
     stage_pids: tuple[int, ...]
     """Leaders."""
+    costs: tuple[str, ...] = ()
+    """Of the stages."""
 
 
 @contextmanager
@@ -98,6 +100,7 @@ def sim_mesh(
             admin=_match(process, log, r"admin on ([\w.:]+)"),
             router_pid=process.pid,
             stage_pids=tuple(child.pid for child, _ in processes),
+            costs=tuple(costs),
         )
 
 

@@ -13,7 +13,7 @@ from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.router.scheduler import Scheduler
 from stagemesh.router.simulate.pipeline import VirtualPipeline
 from stagemesh.router.simulate.run import parse_changes, run_file
-from stagemesh.router.simulate.simulation import Simulation, simulate
+from stagemesh.router.simulate.simulation import Simulation, simulate, taken_at
 from stagemesh.router.simulate.spec import Link, SimulationSpec, parse, read, variant
 from stagemesh.wire.errors import ConfigError
 
@@ -228,3 +228,9 @@ def test_the_example_is_a_file_that_runs() -> None:
     small = base.model_copy(update={"load": base.load.model_copy(update={"requests": 30})})
     assert simulate(small).num_finished == 30
     assert len(variants) == 3
+
+
+def test_a_burst_is_taken_in_whole_before_it_starts() -> None:
+    arrivals = np.array([0, 0, 0, 10, 100])
+    assert taken_at(arrivals, 0).tolist() == arrivals.tolist()
+    assert taken_at(arrivals, 5).tolist() == [15, 15, 15, 20, 105]

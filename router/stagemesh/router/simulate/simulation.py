@@ -78,7 +78,7 @@ class Simulation:
         """Until every request has ended."""
         began = time.perf_counter()
         client_ns = self._spec.router.client
-        arrivals = (self._requests.arrivals_ns + client_ns).tolist()
+        arrivals = taken_at(self._requests.arrivals_ns + client_ns, self._spec.router.request).tolist()
         index, now = 0, 0
         while True:
             arrival = arrivals[index] if index < len(arrivals) else NEVER
@@ -218,6 +218,18 @@ class Simulation:
             ),
             real_s=real_s,
         )
+
+
+def taken_at(arrivals_ns: Int64, request_ns: int) -> Int64:
+    """When the router has taken in each request, one after the other; a burst is taken in whole, then goes on."""
+    if not len(arrivals_ns) or not request_ns:
+        return arrivals_ns
+    work = np.arange(1, len(arrivals_ns) + 1) * request_ns
+    taken: Int64 = np.maximum.accumulate(arrivals_ns - (work - request_ns)) + work
+    # Requests of one message are looked at in one turn of the loop, and their first step is formed after it.
+    last = np.flatnonzero(np.append(np.diff(arrivals_ns) > 0, True))
+    whole: Int64 = taken[last[np.searchsorted(last, np.arange(len(taken)))]]
+    return whole
 
 
 def simulate(spec: SimulationSpec, name: str = "") -> SimulationResult:

@@ -95,6 +95,8 @@ class Router(_Section):
     """From an event in the router to the arrival of the step it causes at every stage."""
     result: Duration = Field(default="0.3ms", validate_default=True)
     """From the end of a step on the last stage to its result in the router."""
+    request: Duration = Field(default="0ms", validate_default=True)
+    """To take a request in; they are taken one after the other, and those that came together start together."""
     client: Duration = Field(default="0.2ms", validate_default=True)
     """From the router to the client, and from the client to the router."""
 
