@@ -49,7 +49,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mesh(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
     """Three stages, the middle one with two ranks; prompts go in chunks of 16."""
     folder = tmp_path_factory.mktemp("mesh")
-    running = RunningMesh(folder, small, (1, 2, 1), router_flags=("--step-tokens", "16"))
+    flags = ("--step-tokens", "16", "--event-log", str(folder / "events.jsonl"))
+    running = RunningMesh(folder, small, (1, 2, 1), router_flags=flags)
     running.wait_ready()
     yield running
     running.close()

@@ -71,6 +71,25 @@ def test_abort_frees_the_blocks_before_it_returns(mesh: RunningMesh) -> None:
     assert not mesh.stub.Abort(abort, timeout=CALL_TIMEOUT_S).aborted
 
 
+def test_abort_while_preemption_goes_on_frees_the_blocks_before_it_returns(tight_mesh: RunningMesh) -> None:
+    """Two that need 15 of 20 blocks each: the young one yields to the old one, again and again."""
+    before = tight_mesh.lane.num_preemptions
+    calls = [
+        tight_mesh.stub.Generate(
+            make_request(make_prompt(40, seed), 190, request_id=name), timeout=CALL_TIMEOUT_S
+        )
+        for seed, name in ((7, "old"), (8, "young"))
+    ]
+    wait_for(lambda: tight_mesh.lane.num_preemptions > before, "a preemption")
+    for name in ("young", "old"):
+        tight_mesh.stub.Abort(inference_pb2.AbortRequest(request_id=name), timeout=CALL_TIMEOUT_S)
+    lane = tight_mesh.lane
+    assert lane.num_free_blocks == lane.num_blocks
+    assert lane.prefill_backlog == 0
+    for call in calls:
+        list(call)
+
+
 def test_abort_of_what_never_was(mesh: RunningMesh) -> None:
     response = mesh.stub.Abort(inference_pb2.AbortRequest(request_id="never"), timeout=CALL_TIMEOUT_S)
     assert not response.aborted

@@ -7,10 +7,11 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-from mesh_calls import generate, make_prompt, make_request, start
-from mesh_processes import address_of, start_router, start_stage
+from mesh_calls import generate, make_prompt, make_request, read_answer, start
+from mesh_processes import address_of, start_router, start_stage, wait_for
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
+from stagemesh.router.scheduler.event_log import replay
 from stagemesh.v1 import admin_pb2, inference_pb2
 
 
@@ -133,3 +134,24 @@ def test_a_stage_starts_with_every_shard_file_but_its_own_deleted(small: Path, t
     finally:
         for stage in stages:
             stage.kill()
+
+
+def test_a_live_event_log_replayed_makes_the_steps_that_were_sent(mesh: RunningMesh) -> None:
+    """Of everything that this mesh has done so far."""
+    calls = [
+        mesh.stub.Generate(make_request(make_prompt(length, 3), 20), timeout=CALL_TIMEOUT_S)
+        for length in (5, 40, 23, 5)
+    ]
+    for call in calls:
+        read_answer(call)
+    sent = mesh.wait_idle().num_steps
+
+    def look() -> list[str] | None:
+        lines = (mesh.folder / "events.jsonl").read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        made = sum('"event":"step"' in line and '"step":""' not in line for line in whole)
+        return whole if made >= sent else None
+
+    steps = [step for step in replay(wait_for(look, "the log")) if step.logged]
+    assert len(steps) >= sent > 0
+    assert all(step.made == step.logged for step in steps)

@@ -45,6 +45,7 @@ class Drive:
     held_results: int = UNLIMITED
     """Results stay on their way while there are no more than this many, as long as a step can be made: by
     default steps are in flight as deep as the scheduler goes, with 0 there is one at a time."""
+    prefix_cache: bool = True
     permute_blocks: bool = False
     """The stages see other block ids than the scheduler handed out."""
     seed: int = 0
@@ -138,6 +139,7 @@ class LocalMesh:
             num_microbatches=microbatches,
             depth=drive.depth or microbatches + (1 if drive.lookahead else 0),
             lookahead=drive.lookahead,
+            prefix_cache=drive.prefix_cache,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 from conftest import MeshOf
 from mesh_for_tests import UNLIMITED, Drive, Run
@@ -25,13 +26,20 @@ from stagemesh.router.scheduler import Request
 from stagemesh.wire import frame
 
 VOCAB_SIZE = SHAPES["untied"]["vocab_size"]
-LOOKAHEADS, CHUNKS, SMALL_KV, STAGES = (0, 1, 2), (1, 7, 64, UNLIMITED), (True, False), (1, 2, 3, 4)
-# (lookahead, chunk, small KV, stages): every two values of any two columns meet.
+LOOKAHEADS, CHUNKS, SMALL_KV, PREFIX_CACHE, STAGES = (
+    (0, 1, 2),
+    (1, 7, 64, UNLIMITED),
+    (True, False),
+    (True, False),
+    (1, 2, 3, 4),
+)
+# (lookahead, chunk, small KV, prefix cache, stages): every two values of any two columns meet.
 PAIRWISE = [
     (
         LOOKAHEADS[(chunk + 2 * stages) % 3],
         CHUNKS[chunk],
         SMALL_KV[(chunk + stages) % 2 ^ (chunk // 2)],
+        PREFIX_CACHE[(stages // 2 + chunk) % 2],
         STAGES[stages],
     )
     for chunk, stages in product(range(4), range(4))
@@ -39,7 +47,7 @@ PAIRWISE = [
 
 
 def test_the_table_covers_every_pair() -> None:
-    columns = (LOOKAHEADS, CHUNKS, SMALL_KV, STAGES)
+    columns = (LOOKAHEADS, CHUNKS, SMALL_KV, PREFIX_CACHE, STAGES)
     for (one, left), (other, right) in combinations(enumerate(columns), 2):
         assert {(row[one], row[other]) for row in PAIRWISE} == set(product(left, right))
 
@@ -52,14 +60,31 @@ def few_requests() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize(("lookahead", "chunk", "small_kv", "stages"), PAIRWISE)
+def ask_again(run: Run) -> None:
+    """Once the longest has its answer, somebody asks the same and goes on from the answer."""
+    name = "r37"
+    if "again" not in run.answers and run.scheduler.sequence(name) is None:
+        request = run.answers[name].request
+        run.submit(replace(request, request_id="again"))
+        whole = np.concatenate((request.prompt, np.array(run.answers[name].token_ids, np.uint32)))
+        run.submit(replace(request, request_id="goes on", prompt=whole, max_tokens=8))
+
+
+@pytest.mark.parametrize(("lookahead", "chunk", "small_kv", "prefix_cache", "stages"), PAIRWISE)
 def test_pairwise(
-    lookahead: int, chunk: int, small_kv: bool, stages: int, mesh_of: MeshOf, references: dict[str, Reference]
+    lookahead: int,
+    chunk: int,
+    small_kv: bool,
+    prefix_cache: bool,
+    stages: int,
+    mesh_of: MeshOf,
+    references: dict[str, Reference],
 ) -> None:
     drive = Drive(
         lookahead=lookahead,
         step_tokens=chunk,
         num_blocks=SCARCE_BLOCKS if small_kv else 0,
+        prefix_cache=prefix_cache,
         # Steps of one position: the pipeline must be deep enough for all to begin.
         depth=12 if chunk == 1 else 0,
         seed=stages,
@@ -73,8 +98,9 @@ def test_pairwise(
         preempted = {name for name, answer in run.answers.items() if answer.num_preemptions}
         assert preempted == run.answers.keys() - {"hog"}
     else:
-        run = mesh.run(few_requests(), drive)
+        run = mesh.run(few_requests(), drive, after_result=ask_again)
         assert not run.scheduler.num_preemptions
+        assert (run.scheduler.num_cached_tokens > 0) == prefix_cache
     assert max(step.num_tokens for step in run.steps) <= chunk
     check_run(references["untied"], run)
 
