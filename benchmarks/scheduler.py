@@ -58,37 +58,41 @@ class Driver:
         self._random = np.random.default_rng(5)
         self._lifetime = round(1 / share) if share else 1 << 14
         self._in_flight: deque[Step] = deque()
+        self._ready: list[Request] = []
         for _ in range(ROWS * lane.num_microbatches):
             # They end one after another, not all at once.
-            self._submit(int(self._random.integers(1, self._lifetime + 1)) if share else self._lifetime)
+            tokens = int(self._random.integers(1, self._lifetime + 1)) if share else self._lifetime
+            self.scheduler.submit(self._request(tokens), 0.0)
 
     def turn(self) -> tuple[int, int]:
         """One step; returns its nanoseconds and how many tokens came back."""
         sampled = self._in_flight[0].sample if self._in_flight else np.zeros(0, np.bool_)
         tokens = self._random.integers(0, VOCAB_SIZE, int(np.count_nonzero(sampled)), dtype=np.uint32)
+        # Requests are made by the public side, which is not measured here.
+        while len(self._ready) < ROWS:
+            self._ready.append(self._request(self._lifetime))
         began_ns = time.perf_counter_ns()
         ends = 0
         if self._in_flight:
             step = self._in_flight.popleft()
             ends = len(self.scheduler.take_result(step.number, tokens, began_ns / 1e9).ends)
         for _ in range(ends):
-            self._submit(self._lifetime)
+            self.scheduler.submit(self._ready.pop(), began_ns / 1e9)
         while next_step := self.scheduler.next_step(began_ns / 1e9):
             encode(next_step, 1).SerializeToString()
             self._in_flight.append(next_step)
         return time.perf_counter_ns() - began_ns, len(tokens)
 
-    def _submit(self, max_tokens: int) -> None:
+    def _request(self, max_tokens: int) -> Request:
         number = next(self._numbers)
         prompt = np.array([number % VOCAB_SIZE, *range(15)], np.uint32)
-        request = Request(
+        return Request(
             request_id=f"r{number}",
             prompt=prompt,
             max_tokens=max_tokens,
             sampling=Sampling(temperature=0.0),
             end_token_ids=frozenset({VOCAB_SIZE + 1}),
         )
-        self.scheduler.submit(request, 0.0)
 
 
 def step_times_ms(share: float, steps: int = STEPS) -> list[float]:

@@ -136,6 +136,8 @@ class BlockPool:
         self._set_free(evicted)
 
     def _set_free(self, blocks: list[int]) -> None:
+        if not blocks:
+            return
         self._free[blocks] = True
         self._num_free += len(blocks)
         fresh = [block for block in blocks if not self._on_stack[block]]

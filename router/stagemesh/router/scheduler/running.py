@@ -145,8 +145,8 @@ class Running:
         slot = sequence.slot
         self.backlog -= max(len(sequence.to_prefill) - int(self.slots.position[slot]), 0)
         if self.limits.prefix_cache:
-            generated = sequence.token_ids
-            if len(generated):
+            full = int(self.slots.position[slot]) // self.limits.block_size
+            if full > len(sequence.keys) and len(generated := sequence.token_ids):
                 self.publish(sequence, np.concatenate((sequence.request.prompt, generated)))
         self.pool.give_back(self.slots.tables[slot, : self.slots.num_blocks[slot]])
         self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
