@@ -26,6 +26,7 @@ from otlp_receiver import ReceivedSpan, Spans, otlp_grpc_receiver, otlp_http_rec
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.client import Client
+from stagemesh.v1 import inference_pb2
 from stagemesh.wire.telemetry.names import (
     PART_MS,
     PARTS,
@@ -237,6 +238,18 @@ def test_the_sampled_flag_of_the_caller_decides(mesh: RunningMesh, received: Spa
     ).stdout
     assert f"trace {'b' * 32}" in shown
     assert "limits: its steps kept it busy" in shown
+
+
+def test_requests_of_a_session_have_a_context_each_or_that_of_their_call(
+    mesh: RunningMesh, received: Spans
+) -> None:
+    own = make_request(request_id="own", traceparent=f"00-{'c' * 32}-{'c' * 16}-01")
+    starts = iter([inference_pb2.SessionRequest(start=[own, make_request(request_id="of-the-call")])])
+    metadata = (("traceparent", f"00-{'d' * 32}-{'d' * 16}-01"),)
+    for _ in mesh.stub.Session(starts, metadata=metadata, timeout=CALL_TIMEOUT_S):
+        pass
+    assert whole_trace(received, "own")[0].trace_id == "c" * 32
+    assert whole_trace(received, "of-the-call")[0].trace_id == "d" * 32
 
 
 def test_a_refusal_is_a_span_with_its_error(mesh: RunningMesh, received: Spans) -> None:

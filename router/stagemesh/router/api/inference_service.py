@@ -28,8 +28,7 @@ class InferenceService:
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         if self._streams.spans and not request.traceparent:
-            metadata = dict(context.invocation_metadata() or ())
-            request.traceparent = metadata.get(TRACEPARENT_KEY, "")
+            request.traceparent = _traceparent(context)
         reader = OneStream()
         stream = self._streams.start(request, _deadline(context), reader)
         request_id = stream.request.request_id
@@ -50,7 +49,8 @@ class InferenceService:
             self._streams.abandon(stream)
 
     async def Session(self, requests: AsyncIterator[inference_pb2.SessionRequest], context: Context) -> None:
-        await Session(self._streams, _deadline(context)).run(requests, context)
+        traceparent = _traceparent(context) if self._streams.spans else ""
+        await Session(self._streams, _deadline(context), traceparent).run(requests, context)
 
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: Context
@@ -77,3 +77,9 @@ def _deadline(context: Context) -> float:
     """Monotonic seconds of the call's deadline; infinite if it has none."""
     remaining_s = context.time_remaining()
     return math.inf if remaining_s is None else time.monotonic() + remaining_s
+
+
+def _traceparent(context: Context) -> str:
+    """Trace context of the call; empty if it has none."""
+    value = dict(context.invocation_metadata() or ()).get(TRACEPARENT_KEY, "")
+    return value if isinstance(value, str) else ""

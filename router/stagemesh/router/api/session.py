@@ -30,10 +30,12 @@ class Session:
     Args:
         streams: Of this public side.
         deadline: Of the call, monotonic seconds; it holds for every request.
+        traceparent: Of the call; for requests that have none of their own.
     """
 
-    def __init__(self, streams: Streams, deadline: float) -> None:
+    def __init__(self, streams: Streams, deadline: float, traceparent: str = "") -> None:
         self._all = streams
+        self._traceparent = traceparent
         self._deadline = deadline
         self._streams: dict[str, RequestStream] = {}
         self._refused: list[inference_pb2.SessionEnd] = []
@@ -86,6 +88,7 @@ class Session:
                     self._all.abandon(stream)
 
     def _start(self, message: inference_pb2.GenerateRequest) -> None:
+        message.traceparent = message.traceparent or self._traceparent
         try:
             if not message.request_id:
                 raise InvalidArgumentError(
