@@ -55,4 +55,5 @@ def wait_for_spans(mesh: Project, enough: Callable[[list[SeenSpan]], bool], what
 
 def request_root(found: list[SeenSpan], request_id: str) -> SeenSpan | None:
     """The router's span of a request."""
-    return next((span for span in found if span.attributes.get("gen_ai.response.id") == request_id), None)
+    own = (span for span in found if span.service == "stagemesh-router")
+    return next((span for span in own if span.attributes.get("gen_ai.response.id") == request_id), None)

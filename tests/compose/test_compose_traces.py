@@ -27,13 +27,19 @@ def test_a_request_has_a_span_for_every_stage_under_one_trace_id(mesh: Project) 
 
     def complete(found: list[SeenSpan]) -> bool:
         root = request_root(found, "traced")
-        return root is not None and all(
-            stages_of(of_trace(found, root.trace_id, name)) == STAGES for name in ("prefill", "decode")
+        return (
+            root is not None
+            and any(span.span_id == root.parent_id for span in found)
+            and all(
+                stages_of(of_trace(found, root.trace_id, name)) == STAGES for name in ("prefill", "decode")
+            )
         )
 
     found = wait_for_spans(mesh, complete, "trace with prefill and decode of every stage")
     root = request_root(found, "traced")
     assert root is not None
+    [client] = [span for span in found if span.span_id == root.parent_id]
+    assert (client.service, client.parent_id) == ("stagemesh-client", ""), "the trace begins at the client"
     for name in ("prefill", "decode"):
         spans = of_trace(found, root.trace_id, name)
         assert all(span.start_ns >= root.start_ns - CLOCKS_NS for span in spans)
