@@ -51,10 +51,6 @@ class LaneFacts:
         """One hop of the ring, on average."""
         return self.ring_hops_ms / self.num_stages if self.num_stages > 1 else 0.0
 
-    def period_without_lookahead_s(self, costs_ms: Sequence[float]) -> float:
-        """Between two tokens of a sequence if the router waits for each."""
-        return (sum(costs_ms) + self.trip_hops_ms) / 1e3
-
     def delays(self) -> dict[str, Any]:
         """The keys of a simulation file: links as measured, what is left of the trip shared by both ways."""
         rest = max(0.0, self.trip_hops_ms - self.hop_ms * (self.num_stages - 1)) / 2
