@@ -187,7 +187,7 @@ def add_rows(report: Report, *, quick: bool = False) -> None:
     for workers in (0, 1):
         growth, sizes = memory_growth(count, api_workers=workers)
         report.add(
-            f"memory growth, {count} requests after 2,000, {workers} API workers",
+            f"memory growth, 2,000 to {count:,} requests, {workers} API workers",
             growth,
             "%",
             target=2,
