@@ -47,6 +47,23 @@ def test_layouts(tps: tuple[int, ...], small: Path, reference: LlamaForCausalLM,
         mesh.close()
 
 
+@pytest.mark.parametrize(
+    ("lookahead", "chunk", "prefix_cache"), [(0, 7, "--no-prefix-cache"), (2, 64, "--prefix-cache")]
+)
+def test_drives_with_so_little_memory_that_requests_yield(
+    lookahead: int, chunk: int, prefix_cache: str, small: Path, reference: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Two stages with 20 blocks of 16 tokens; what is asked at once needs three times as many."""
+    flags = ("--lookahead", str(lookahead), "--step-tokens", str(chunk), prefix_cache)
+    mesh = RunningMesh(tmp_path, small, (1, 1), stage_flags=("--kv-memory", "368640"), router_flags=flags)
+    try:
+        assert mesh.wait_ready().num_blocks == 20
+        check_sixteen(mesh, reference)
+        assert mesh.lane.num_preemptions > 0
+    finally:
+        mesh.close()
+
+
 def test_one_stage(single_mesh: RunningMesh, reference: LlamaForCausalLM) -> None:
     check_sixteen(single_mesh, reference)
 
