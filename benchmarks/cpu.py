@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
+from bench_mesh import RunningMesh, running_mesh
 from process_memory import children, pss_mib
 from report import Report
-from running_mesh import RunningMesh, running_mesh
 from transformers_peer import TransformersPeer
 
 from stagemesh.client import Client

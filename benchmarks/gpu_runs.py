@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from bench_mesh import running_mesh
 from google.protobuf.json_format import MessageToDict
 from gpu_specs import RunSpec
 from gpu_watch import Mark, MeshWatch, steady_busy_share, used_since
-from running_mesh import running_mesh
 
 from stagemesh.v1 import admin_pb2
 

@@ -97,8 +97,10 @@ def client_spans(received: Spans) -> Iterator[None]:
 
     provider = TracerProvider(resource=Resource.create({Attribute.SERVICE_NAME: "application"}))
     provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))
-    otel.set_tracer_provider(provider)
-    yield
+    # Not set_tracer_provider: what it sets cannot be taken back, and the tests after these have none.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(otel, "get_tracer", provider.get_tracer)
+        yield
     provider.shutdown()
 
 
