@@ -9,6 +9,8 @@ is a view and is not copied at all.
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +82,8 @@ class TorchPagedAttention:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        # Head by head, so that the cells of a head are a matrix. Uninitialized on purpose: pages that no
-        # sequence reached cost no memory.
-        shape = (num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim)
-        self._cache = torch.empty(shape, dtype=dtype)
+        # Head by head, so that the cells of a head are a matrix.
+        self._cache = _untouched((num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim), dtype)
         # [layers, 2, kv_heads, blocks, ...]: numpy clears a few blocks ten times faster than index_fill.
         self._block_bytes = self._cache.unflatten(3, (-1, block_size)).view(torch.uint8).numpy()
         # Views made once: making one costs as much as a small product.
@@ -260,3 +260,13 @@ class TorchPagedAttention:
             enable_gqa=self._group > 1,
         )
         return out.squeeze(0).transpose(0, 1).flatten(1)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of which only the pages that a sequence reached cost anything. Small pages: with huge ones, which
+    torch asks for, the first token of all costs 2 MiB for each head of each layer.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

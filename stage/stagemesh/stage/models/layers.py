@@ -91,7 +91,7 @@ class VocabParallelHead(nn.Module):
         self.copied_bytes = 0
         if layout == "onednn":
             self._packed = pack(weight, layout)
-            self._weight = weight[:0]
+            self._weight = weight.new_empty(0)  # no view of it, which would keep all of it
             self.copied_bytes = weight.nbytes if tied else 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
