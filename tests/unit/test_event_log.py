@@ -13,6 +13,7 @@ from virtual_lane import Costs, VirtualLane, lane_limits
 
 from stagemesh.router.scheduler import Scheduler, Step
 from stagemesh.router.scheduler.event_log import EventLog, replay
+from stagemesh.router.scheduler.pipeline import COMPUTE
 from stagemesh.wire.errors import ConfigError, StagemeshError
 
 
@@ -49,6 +50,16 @@ class LoggedScheduler:
         step = self._scheduler.next_step(now)
         self._log.step(step, now)
         return step
+
+
+class WatchedScheduler(LoggedScheduler):
+    """On a machine with hiccups that gets slower, watched by `status` or a scrape."""
+
+    def take_timings(self, stage: int, numbers: Any, times_ns: Any) -> None:
+        times_ns = times_ns.copy()
+        times_ns[:, COMPUTE] *= np.where(numbers % 7 == 0, 20, 1 + numbers // 50)
+        super().take_timings(stage, numbers, times_ns)
+        self._scheduler.pace.state()
 
 
 def recorded() -> tuple[str, Scheduler]:
@@ -88,6 +99,17 @@ def test_a_recorded_run_replayed_makes_equal_steps() -> None:
     assert len(made) < len(steps)
     assert all(step.made == step.logged for step in steps)
     assert scheduler.num_preemptions > 0, "nothing was preempted: this shows little"
+
+
+def test_looking_at_a_scheduler_changes_none_of_its_steps() -> None:
+    lane = VirtualLane(lane_limits(2), [Costs(constant=2e-2, row=3e-4, position=1e-4)] * 2)
+    file = io.StringIO()
+    lane.scheduler = WatchedScheduler(lane.scheduler, EventLog(file))  # type: ignore[assignment]
+    # Waves far apart: between them nothing is asked of what was learnt, but by who looks.
+    for index in range(60):
+        lane.arrive(index // 20 * 5.0, f"r{index}", 300 + index, 100)
+    lane.run()
+    assert agrees(file.getvalue().splitlines())
 
 
 def test_a_replay_that_goes_another_way_shows() -> None:

@@ -53,6 +53,9 @@ class CostModel:
         self._num_steps = np.zeros(num_stages, np.int64)
         self._coefficients = np.zeros((num_stages, NUM_TERMS))
         self._stale = False
+        self._expected = np.zeros((num_stages, NUM_TERMS))
+        """What outliers are told by. Not the coefficients, which are also solved for when somebody looks: what is
+        learnt must follow from what happened alone, or a log of it could not be replayed."""
 
     @property
     def ready(self) -> bool:
@@ -79,10 +82,9 @@ class CostModel:
         if not len(shapes):
             return
         if self._num_steps[stage] >= MIN_STEPS:
-            # As last solved for: a stage's report alone is no reason to solve for all of them again.
-            if not self._coefficients[stage].any():
-                self._coefficients = self._solve()
-            expected = shapes @ (self._coefficients[stage] / SCALES)
+            if not self._expected[stage].any():
+                self.settle()
+            expected = shapes @ self._expected[stage]
             seconds = np.minimum(seconds, OUTLIER * np.maximum(expected, 1e-6))
         scaled = shapes / SCALES
         weights = FORGETTING ** np.arange(len(shapes) - 1, -1, -1)
@@ -91,6 +93,10 @@ class CostModel:
         self._moment[stage] = self._moment[stage] * FORGETTING ** len(shapes) + weighted.T @ seconds
         self._num_steps[stage] += len(shapes)
         self._stale = True
+
+    def settle(self) -> None:
+        """From now on, tell outliers by what is known now."""
+        self._expected = self.coefficients
 
     def predict(self, shapes: Float64) -> Float64:
         """[..., stages] seconds that steps of these shapes, [..., terms], take of each stage."""

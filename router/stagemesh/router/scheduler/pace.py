@@ -188,6 +188,7 @@ class Pace:
         """Look again at how many steps should be in flight."""
         if not self.costs.ready:
             return
+        self.costs.settle()
         self._hops = self.times.hops()
         if self._limits.max_microbatches and self._num_rows:
             shapes = np.stack([self._shape(m) for m in range(1, self._limits.max_microbatches + 1)])
