@@ -35,7 +35,7 @@ test: model ## every test that needs no GPU
 	$(BIN)/python -m pytest -m 'not gpu and not compose'
 
 compose-test: model ## the mesh of compose/ in a Docker engine; installs what it needs on Debian
-	$(BIN)/python -m pytest -m compose -x -v -s tests/compose
+	$(BIN)/python -m pytest -m compose -x -v -s -o faulthandler_timeout=1200 tests/compose
 
 lint: $(STAMP) ## ruff, mypy and buf
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ from stagemesh.wire.errors import NotFoundError, StagemeshError
 from stagemesh.wire.status import from_proto, to_grpc
 
 INFERENCE = "stagemesh.v1.InferenceService"
+WAIT_S = 60.0
+"""For what must come: a busy machine takes its time."""
 Script = Callable[[pb.GenerateRequest, Any], Iterator[pb.GenerateResponse]]
 
 
@@ -34,6 +36,10 @@ class Received:
     ended: threading.Event = field(default_factory=threading.Event)
     """The call is over: finished, failed or cancelled."""
 
+    def has_ended(self) -> bool:
+        """Waits for it."""
+        return self.ended.wait(WAIT_S)
+
 
 def words(*texts: str) -> Script:
     """Streams these texts, then usage."""
@@ -46,6 +52,13 @@ def words(*texts: str) -> Script:
         yield pb.GenerateResponse(finish_reason=pb.FINISH_REASON_STOP, usage=usage)
 
     return script
+
+
+def silent(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
+    """Says nothing until the client goes away."""
+    while context.is_active():
+        time.sleep(0.01)
+    yield from ()
 
 
 def endless(request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
@@ -63,6 +76,12 @@ def refusal(error: StagemeshError) -> Script:
         yield pb.GenerateResponse()
 
     return script
+
+
+def when_over(context: Any, call: Callable[[], None]) -> None:
+    """Call it when the RPC is over; gRPC takes no callback of one that is over already."""
+    if not context.add_callback(call):
+        call()
 
 
 class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
@@ -90,6 +109,18 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
     def set_health(self, status: int) -> None:
         self.health.set(INFERENCE, status)
 
+    def request(self, index: int) -> Received:
+        """Waits until that many have come: those of one session come one by one."""
+        deadline = time.monotonic() + WAIT_S
+        while len(self.received) <= index:
+            assert time.monotonic() < deadline, f"request {index} did not come within {WAIT_S:g} s"
+            time.sleep(0.005)
+        return self.received[index]
+
+    def has_ended(self, index: int) -> bool:
+        """Waits until that request has come and is over."""
+        return self.request(index).has_ended()
+
     def stop(self) -> None:
         self._server.stop(0).wait()
 
@@ -104,7 +135,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         seen = Received(request, dict(context.invocation_metadata()), context.time_remaining())
-        context.add_callback(seen.ended.set)
+        when_over(context, seen.ended.set)
         self.received.append(seen)
         context.send_initial_metadata((("stagemesh-request-id", self.id_metadata or request.request_id),))
         script = self.scripts.pop(0) if self.scripts else self.script
@@ -158,7 +189,7 @@ class ScriptedSession:
         self._out: queue.SimpleQueue[pb.SessionResponse | None] = queue.SimpleQueue()
         self._num_live = 1  # the reader
         self._lock = threading.Lock()
-        context.add_callback(self._hang_up)
+        when_over(context, self._hang_up)
 
     def run(self, requests: Iterator[pb.SessionRequest]) -> Iterator[pb.SessionResponse]:
         threading.Thread(target=self._read, args=(requests,), daemon=True).start()

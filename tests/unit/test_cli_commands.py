@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_router import ScriptedRouter, endless, refusal
+from scripted_router import WAIT_S, ScriptedRouter, endless, refusal
 
 from stagemesh.client import UnavailableError
 from stagemesh.client.cli import main
@@ -143,15 +143,15 @@ def test_ctrl_c_cancels_generate(router: ScriptedRouter) -> None:
     assert process.stdout is not None
     assert process.stdout.read(3) == "xxx"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, err) == (130, "")
-    assert router.received[0].ended.wait(5)
+    assert router.has_ended(0)
 
 
 def test_chat_in_a_pipe_keeps_the_conversation(router: ScriptedRouter) -> None:
     command = [*COMMAND, "chat", "--system", "Be brief.", "--address", router.address, "--temperature", "0"]
     done = subprocess.run(
-        command, input="one\n\ntwo\n/exit\nthree\n", capture_output=True, text=True, timeout=30
+        command, input="one\n\ntwo\n/exit\nthree\n", capture_output=True, text=True, timeout=WAIT_S
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "Hello world\nHello world\n", "")
     second = router.received[1].request
@@ -183,11 +183,11 @@ def test_chat_ctrl_c_stops_only_the_answer(router: ScriptedRouter) -> None:
         read_until(primary, "xxx")
         process.send_signal(signal.SIGINT)
         read_until(primary, "[stopped]")
-        assert router.received[0].ended.wait(5)
+        assert router.has_ended(0)
         os.write(primary, b"two\n")
         read_until(primary, "Hello world")
         os.write(primary, b"\x04")
-        assert process.wait(10) == 0
+        assert process.wait(WAIT_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -198,7 +198,7 @@ def test_chat_ctrl_c_stops_only_the_answer(router: ScriptedRouter) -> None:
 
 
 def read_until(primary: int, text: str) -> str:
-    seen, deadline = "", time.monotonic() + 15
+    seen, deadline = "", time.monotonic() + WAIT_S
     while text not in seen:
         ready, _, _ = select.select([primary], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"no {text!r} in {seen!r}"

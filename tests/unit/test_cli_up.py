@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_router import WAIT_S
 
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._supervisor import Supervisor
@@ -99,7 +100,9 @@ class Mesh:
         return self.process
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in self._log.read_text().splitlines(keepends=True) if line[-1] == "\n"
+        ]
         return [line for line in lines if line["event"] == event]
 
     def wait_for_starts(self, count: int) -> list[dict[str, Any]]:
@@ -111,7 +114,7 @@ class Mesh:
 
     def finish(self) -> tuple[int, str, str]:
         assert self.process is not None
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=WAIT_S)
         return self.process.returncode, out, err
 
 
@@ -137,7 +140,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Any, timeout_s: float = 15.0) -> None:
+def wait_until(condition: Any, timeout_s: float = WAIT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -227,7 +230,7 @@ def test_children_die_with_an_up_that_is_killed(mesh: Mesh) -> None:
     process = mesh.start("--stages", "2", *ANY_PORTS, FAKE_SLOW_ROUTER="1")
     mesh.wait_for_starts(3)
     process.kill()
-    wait_until(lambda: not any(is_alive(pid) for pid in mesh.pids()), 5.0)
+    wait_until(lambda: not any(is_alive(pid) for pid in mesh.pids()))
     assert mesh.events("stop") == []
 
 
@@ -293,7 +296,7 @@ async def test_a_child_that_will_not_end_is_killed_with_its_group() -> None:
     )
     await supervisor.run()
     assert display.notes == ["router did not end within 0.3 s; killing it"]
-    wait_until(lambda: not is_alive(int(seen[0])), 2.0)
+    wait_until(lambda: not is_alive(int(seen[0])))
 
 
 async def test_a_failing_probe_is_an_error_and_stops_the_children() -> None:
@@ -302,7 +305,5 @@ async def test_a_failing_probe_is_an_error_and_stops_the_children() -> None:
 
     spec = ChildSpec(name="router", args=("sleep", "60"))
     supervisor = Supervisor([], spec, until_ready=failing, on_ready=never, display=Quiet())
-    begin = time.monotonic()
     with pytest.raises(StartupError, match="not a router"):
-        await supervisor.run()
-    assert time.monotonic() - begin < 5
+        await asyncio.wait_for(supervisor.run(), WAIT_S)

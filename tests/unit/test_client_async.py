@@ -36,7 +36,7 @@ async def client(router: ScriptedRouter) -> AsyncIterator[AsyncClient]:
 
 
 async def ended(router: ScriptedRouter) -> bool:
-    return await asyncio.to_thread(router.received[0].ended.wait, 5)
+    return await asyncio.to_thread(router.has_ended, 0)
 
 
 async def test_chunks_come_as_sent(router: ScriptedRouter, client: AsyncClient) -> None:
@@ -49,7 +49,7 @@ async def test_chunks_come_as_sent(router: ScriptedRouter, client: AsyncClient) 
 
 async def test_metadata_deadline_and_id(router: ScriptedRouter) -> None:
     async with AsyncClient(router.address, metadata=[("traceparent", "00-a")]) as client:
-        stream = client.chat([{"role": "user", "content": "hi"}], timeout=5.0)
+        stream = client.chat([{"role": "user", "content": "hi"}], timeout=20.0)
         sent_id = stream.request_id
         router.id_metadata = "theirs"
         async for _ in stream:
@@ -57,7 +57,7 @@ async def test_metadata_deadline_and_id(router: ScriptedRouter) -> None:
     [seen] = router.received
     assert seen.metadata["traceparent"] == "00-a"
     assert seen.remaining_s is not None
-    assert 0 < seen.remaining_s < 5.1
+    assert 0 < seen.remaining_s < 20.1
     assert seen.request.request_id == sent_id
 
 
@@ -68,7 +68,7 @@ async def test_the_rest_of_the_surface(router: ScriptedRouter, client: AsyncClie
     assert await client.ready() is True
     router.set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
     assert await client.ready() is False
-    with pytest.raises(DeadlineExceededError, match="NOT_SERVING"):
+    with pytest.raises(DeadlineExceededError, match="was not ready within"):
         await client.wait_ready(timeout=0.2)
 
 
@@ -114,7 +114,7 @@ async def test_cancelling_the_task_cancels_and_is_asyncios_own(
 ) -> None:
     router.script = endless
     task = asyncio.create_task(client.complete("hi"))
-    await asyncio.sleep(0.2)
+    await asyncio.to_thread(router.request, 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -126,8 +126,10 @@ async def test_close_from_another_task_ends_the_iteration(
 ) -> None:
     router.script = endless
     stream = client.generate("hi")
+    await anext(stream)
     asyncio.get_running_loop().call_later(0.2, stream.cancel)
-    assert len([chunk async for chunk in stream]) > 1
+    async for _ in stream:
+        pass
 
 
 async def test_closing_the_client_ends_its_streams(router: ScriptedRouter) -> None:
@@ -161,7 +163,7 @@ async def test_it_reconnects_to_a_server_that_came_back(router: ScriptedRouter, 
     with pytest.raises(UnavailableError, match="no connection to"):
         await client.complete("hi")
     with ScriptedRouter(words("again"), port=router.port):
-        await client.wait_ready(timeout=10)
+        await client.wait_ready(timeout=60)
         assert (await client.complete("hi")).text == "again"
 
 

@@ -93,7 +93,8 @@ class AsyncClient(BaseClient[AsyncTokenStream, AsyncManyStream]):
 
     async def close(self) -> None:
         """Cancel what runs and close the connection. Idempotent."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._channel is not None:
             await self._channel.close()
 

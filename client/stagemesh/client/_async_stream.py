@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from stagemesh.client._channel import call_error
+from stagemesh.client._closing import AsyncClosing
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import CancelledError, StagemeshError
@@ -18,7 +17,7 @@ from stagemesh.wire.errors import CancelledError, StagemeshError
 END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
 
 
-class AsyncTokenStream(AsyncIterator[Chunk]):
+class AsyncTokenStream(AsyncClosing, AsyncIterator[Chunk]):
     """The chunks of one request, as they come.
 
     Iterate over it; use it as an async context manager to be sure that it ends. Closing it, leaving the
@@ -55,6 +54,8 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
                     break
                 metadata = await self._call.initial_metadata()
             except (grpc.RpcError, StagemeshError) as error:
+                if self._closed.is_set():
+                    break
                 await self._back_off(error)
             except asyncio.CancelledError as error:
                 # grpc.aio raises it for a cancelled call as well as for a cancelled task.
@@ -84,25 +85,12 @@ class AsyncTokenStream(AsyncIterator[Chunk]):
             self._call = self._start(self._exchange)
 
     def cancel(self) -> None:
+        """`close_soon`, by the name that asyncio gives it."""
+        self.close_soon()
+
+    def close_soon(self) -> None:
         """`close` for where nothing can be awaited."""
         self._closed.set()
         self._exchange.closed()
         if self._call is not None:
             self._call.cancel()
-
-    async def close(self) -> None:
-        """Cancel the request if it still runs. Idempotent."""
-        self.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        # The event loop may be closed by now, and the call with it.
-        with contextlib.suppress(RuntimeError):
-            self.cancel()

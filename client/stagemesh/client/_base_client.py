@@ -20,8 +20,8 @@ from stagemesh.client._timeouts import CLIENT_DEFAULT, ClientDefault, call_timeo
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.v1 import inference_pb2_grpc
 from stagemesh.wire.address import split_address
+from stagemesh.wire.telemetry.context import TRACEPARENT_KEY
 
-TRACEPARENT_KEY = "traceparent"
 MAX_TIMEOUT_MS = (1 << 32) - 1
 StreamT = TypeVar("StreamT")
 ManyT = TypeVar("ManyT")
@@ -59,7 +59,7 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         self._metadata = metadata
         self._credentials = credentials
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._channel: Any = None
         self._inference: Any = None
         self._health: Any = None
@@ -139,9 +139,9 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
 
     def _open(self) -> None:
         """Made on first use, for an asyncio channel belongs to the loop that runs then."""
-        if self._closed:
-            raise closed_error()
         with self._lock:
+            if self._closed:
+                raise closed_error()
             if self._channel is None:
                 self._channel = self._make_channel()
                 self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -158,9 +158,9 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         """Starts an attempt of one request: a call of its own, or, beside others, a part of a session."""
 
         def start(exchange: Exchange) -> Any:
-            self._open()
             sent = tuple(join_metadata(self._metadata, (*metadata, *exchange.trace_metadata)))
             with self._lock:
+                self._open()
                 self._calls = [call for call in self._calls if not self._is_over(call)]
                 if self._calls or (self._shared and self._shared.num_live):
                     call = self._share(exchange, sent)

@@ -92,7 +92,8 @@ class Client(BaseClient[TokenStream, ManyStream]):
 
     def close(self) -> None:
         """Cancel what runs and close the connection. Idempotent."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._channel is not None:
             self._channel.close()
 

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from stagemesh.client._async_stream import END
 from stagemesh.client._channel import call_error
+from stagemesh.client._closing import AsyncClosing, Closing
 from stagemesh.client._many import Many, collect
 from stagemesh.client._types import Chunk, Completion
 from stagemesh.v1 import inference_pb2 as pb
@@ -24,7 +25,104 @@ OpenSession = Callable[[Any], Any]
 """Makes a Session call of an iterator of SessionRequest."""
 
 
-class ManyStream(Iterator[tuple[int, Chunk]]):
+class _Session(ABC):
+    """The Session calls of one `Many`, one after the other: a further one is opened where the last was lost.
+
+    The lock is for `cancel` and `close`, which may come from another thread than the reader's.
+
+    Args:
+        many: The requests.
+        open_session: Opens a call.
+        address: Of the router, for errors.
+        closed: Set when the application wants no more.
+    """
+
+    def __init__(
+        self, many: Many, open_session: OpenSession, address: str, closed: threading.Event | asyncio.Event
+    ) -> None:
+        self._call: Any = None
+        self._lock = threading.RLock()
+        self._closed = closed
+        self._many = many
+        self._open = open_session
+        self._address = address
+        self._chunks: deque[tuple[int, Chunk]] = deque()
+        self._outgoing, self._requests = self._make_queue()
+        self._send_due()
+
+    @property
+    def request_ids(self) -> list[str]:
+        """By index: the ids to abort or trace the requests by."""
+        return [exchange.request_id for exchange in self._many.exchanges]
+
+    def cancel(self, index: int) -> None:
+        """Want no more of one request; no further chunk of it comes."""
+        with self._lock:
+            self._chunks = deque(found for found in self._chunks if found[0] != index)
+            if request_id := self._many.cancel(index):
+                self._outgoing.put_nowait(pb.SessionRequest(cancel=[request_id]))
+            self._send_due()
+            if not self._many.num_live:
+                # A reader waits for a message, and nobody is left to cause one.
+                self._drop_call()
+
+    @abstractmethod
+    def _make_queue(self) -> tuple[Any, Any]:
+        """A queue of SessionRequest, and what iterates over it until it finds None."""
+
+    def _take(self) -> tuple[int, Chunk] | None:
+        with self._lock:
+            return self._chunks.popleft() if self._chunks else None
+
+    def _is_over(self) -> bool:
+        """Whether nothing more comes; the client's side is closed then."""
+        with self._lock:
+            over = self._closed.is_set() or self._many.done
+            if over:
+                self._outgoing.put_nowait(None)
+            return over
+
+    def _send_due(self) -> Any:
+        """Send what is due; the call to read, None where nothing is under way."""
+        with self._lock:
+            if starts := self._many.due():
+                # First, so that the requests are on their way as soon as there is a call.
+                self._outgoing.put_nowait(pb.SessionRequest(start=starts))
+                if self._call is None:
+                    self._call = self._open(self._requests)
+            return self._call if self._many.num_live else None
+
+    def _pause_s(self) -> float:
+        with self._lock:
+            return self._many.pause_s()
+
+    def _accept(self, response: pb.SessionResponse) -> None:
+        with self._lock:
+            self._chunks += self._many.accept(response)
+
+    def _lose(self, call: Any, error: StagemeshError) -> None:
+        """A call ended while it was read. One that was dropped has nothing to lose."""
+        with self._lock:
+            if call is self._call and not self._closed.is_set():
+                self._chunks += self._many.lost(error)
+                self._drop_call()
+
+    def _drop_call(self) -> None:
+        """The router aborts what runs on it; who waits in gRPC for the next request to send finds the end."""
+        if self._call is not None:
+            self._call.cancel()
+        self._outgoing.put_nowait(None)
+        self._call = None
+        self._outgoing, self._requests = self._make_queue()
+
+    def _close(self) -> None:
+        with self._lock:
+            self._closed.set()
+            self._many.closed()
+            self._drop_call()
+
+
+class ManyStream(_Session, Closing, Iterator[tuple[int, Chunk]]):
     """The (index, chunk) of many requests, as they come; index is the place of the prompt.
 
     The chunks of one request come in order; those of different requests as the mesh makes them. A request
@@ -35,182 +133,96 @@ class ManyStream(Iterator[tuple[int, Chunk]]):
     thread reads; `close` and `cancel` may be called from another.
     """
 
-    def __init__(self, many: Many, open_session: OpenSession, address: str) -> None:
-        self._call: Any = None
-        self._outgoing: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._many = many
-        self._open = open_session
-        self._address = address
-        self._chunks: deque[tuple[int, Chunk]] = deque()
-        self._send_due()
+    _closed: threading.Event
 
-    @property
-    def request_ids(self) -> list[str]:
-        """By index: the ids to abort or trace the requests by."""
-        return [exchange.request_id for exchange in self._many.exchanges]
+    def __init__(self, many: Many, open_session: OpenSession, address: str) -> None:
+        super().__init__(many, open_session, address, threading.Event())
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> tuple[int, Chunk]:
         """The next chunk of any request; waits for it."""
-        while not self._chunks:
-            if self._closed.is_set() or self._many.done:
-                self._hang_up()
+        while (found := self._take()) is None:
+            if self._is_over():
                 raise StopIteration
-            self._send_due()
-            if not self._many.num_live:
-                self._closed.wait(self._many.pause_s())
+            call = self._send_due()
+            if call is None:
+                self._closed.wait(self._pause_s())
                 continue
             try:
-                self._chunks += self._many.accept(next(self._call))
+                response = next(call)
             except StopIteration:
-                self._lose(ended_early(self._address))
+                self._lose(call, ended_early(self._address))
             except grpc.RpcError as error:
-                if not self._closed.is_set():
-                    self._lose(call_error(error, address=self._address))
-        return self._chunks.popleft()
+                self._lose(call, call_error(error, address=self._address))
+            else:
+                self._accept(response)
+        return found
 
     def completions(self) -> list[Completion | StagemeshError]:
         """The whole answers, in the order of the prompts; of a request that failed, its error."""
         return collect(self._many.exchanges, self)
 
-    def cancel(self, index: int) -> None:
-        """Want no more of one request; no further chunk of it comes."""
-        if request_id := self._many.cancel(index):
-            self._outgoing.put(pb.SessionRequest(cancel=[request_id]))
-
     def close(self) -> None:
         """Cancel every request that still runs. Idempotent, and safe from another thread."""
-        self._closed.set()
-        self._many.closed()
-        if self._call is not None:
-            self._call.cancel()
-        self._hang_up()
+        self._close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _send_due(self) -> None:
-        starts = self._many.due()
-        if starts:
-            # First, so that the requests are on their way as soon as there is a call.
-            self._outgoing.put(pb.SessionRequest(start=starts))
-        if self._call is None and starts:
-            self._call = self._open(iter(self._outgoing.get, None))
-
-    def _lose(self, error: StagemeshError) -> None:
-        self._chunks += self._many.lost(error)
-        self._hang_up()
-        self._call, self._outgoing = None, queue.SimpleQueue()
-
-    def _hang_up(self) -> None:
-        """Ends the thread of gRPC that waits for the next request to send."""
-        self._outgoing.put(None)
+    def _make_queue(self) -> tuple[Any, Any]:
+        outgoing: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        return outgoing, iter(outgoing.get, None)
 
 
-class AsyncManyStream(AsyncIterator[tuple[int, Chunk]]):
+class AsyncManyStream(_Session, AsyncClosing, AsyncIterator[tuple[int, Chunk]]):
     """`ManyStream` for asyncio; cancelling the task that reads it cancels the requests too."""
 
-    def __init__(self, many: Many, open_session: OpenSession, address: str) -> None:
-        self._call: Any = None
-        self._outgoing: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
-        self._closed = asyncio.Event()
-        self._many = many
-        self._open = open_session
-        self._address = address
-        self._chunks: deque[tuple[int, Chunk]] = deque()
-        self._send_due()
+    _closed: asyncio.Event
 
-    @property
-    def request_ids(self) -> list[str]:
-        """By index: the ids to abort or trace the requests by."""
-        return [exchange.request_id for exchange in self._many.exchanges]
+    def __init__(self, many: Many, open_session: OpenSession, address: str) -> None:
+        super().__init__(many, open_session, address, asyncio.Event())
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[int, Chunk]:
         """The next chunk of any request."""
-        while not self._chunks:
-            if self._closed.is_set() or self._many.done:
-                self._outgoing.put_nowait(None)
+        while (found := self._take()) is None:
+            if self._is_over():
                 raise StopAsyncIteration
-            self._send_due()
-            if not self._many.num_live:
+            call = self._send_due()
+            if call is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closed.wait(), self._many.pause_s())
+                    await asyncio.wait_for(self._closed.wait(), self._pause_s())
                 continue
             try:
-                response = await self._call.read()
+                response = await call.read()
             except grpc.RpcError as error:
-                self._lose(call_error(error, address=self._address))
+                self._lose(call, call_error(error, address=self._address))
             except asyncio.CancelledError:
                 # grpc.aio raises it for a cancelled call as well as for a cancelled task.
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     self.close_soon()
                     raise
-                if not self._closed.is_set():
-                    self._lose(CancelledError("the call was cancelled"))
+                self._lose(call, CancelledError("the call was cancelled"))
             else:
                 if response is END:
-                    self._lose(ended_early(self._address))
+                    self._lose(call, ended_early(self._address))
                 else:
-                    self._chunks += self._many.accept(response)
-        return self._chunks.popleft()
+                    self._accept(response)
+        return found
 
     async def completions(self) -> list[Completion | StagemeshError]:
         """The whole answers, in the order of the prompts; of a request that failed, its error."""
         return collect(self._many.exchanges, [chunk async for chunk in self])
 
-    def cancel(self, index: int) -> None:
-        """Want no more of one request; no further chunk of it comes."""
-        if request_id := self._many.cancel(index):
-            self._outgoing.put_nowait(pb.SessionRequest(cancel=[request_id]))
-
     def close_soon(self) -> None:
         """`close` for where nothing can be awaited."""
-        self._closed.set()
-        self._many.closed()
-        if self._call is not None:
-            self._call.cancel()
+        self._close()
 
-    async def close(self) -> None:
-        """Cancel every request that still runs. Idempotent."""
-        self.close_soon()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        # The event loop may be closed by now, and the call with it.
-        with contextlib.suppress(RuntimeError):
-            self.close_soon()
-
-    def _send_due(self) -> None:
-        if starts := self._many.due():
-            self._outgoing.put_nowait(pb.SessionRequest(start=starts))
-            if self._call is None:
-                self._call = self._open(_until_none(self._outgoing))
-
-    def _lose(self, error: StagemeshError) -> None:
-        self._chunks += self._many.lost(error)
-        self._call, self._outgoing = None, asyncio.Queue()
+    def _make_queue(self) -> tuple[Any, Any]:
+        outgoing: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
+        return outgoing, _until_none(outgoing)
 
 
 def ended_early(address: str) -> StagemeshError:

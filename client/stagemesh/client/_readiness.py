@@ -41,6 +41,7 @@ class ReadinessWait:
         self._begin = clock()
         self._pause_s = _FIRST_PAUSE_S
         self._reason = "never answered"
+        self._answered = False
 
     def check_timeout_s(self) -> float:
         """Seconds the next check may take."""
@@ -50,11 +51,14 @@ class ReadinessWait:
         """Whether that answer ends the wait."""
         status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
         self._reason = f"its health is {status}"
+        self._answered = True
         return is_serving(response)
 
     def failed(self, error: grpc.RpcError) -> None:
-        """A check failed; raises if waiting cannot help."""
-        self._reason = str(unready_error(error, self._address))
+        """A check failed; raises if waiting cannot help. One that ran out of time says less than the one before."""
+        mapped = unready_error(error, self._address)
+        if not (isinstance(mapped, DeadlineExceededError) and self._answered):
+            self._reason = str(mapped)
 
     def pause_s(self) -> float:
         """Seconds until the next check; raises DeadlineExceededError when there is no time for one."""

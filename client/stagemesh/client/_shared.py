@@ -20,7 +20,8 @@ class Inbox:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._lock = threading.Lock()
+        # Reentrant, for the collector of garbage may end a forgotten stream while this thread is in here.
+        self._lock = threading.RLock()
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._end: pb.SessionEnd | None = None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from stagemesh.client._channel import call_error
+from stagemesh.client._closing import Closing
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import StagemeshError
 
 
-class TokenStream(Iterator[Chunk]):
+class TokenStream(Closing, Iterator[Chunk]):
     """The chunks of one request, as they come.
 
     Iterate over it; use it as a context manager to be sure that it ends. Closing it, leaving the with-block
@@ -69,14 +69,3 @@ class TokenStream(Iterator[Chunk]):
         self._exchange.closed()
         if self._call is not None:
             self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
