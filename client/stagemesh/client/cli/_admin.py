@@ -9,6 +9,7 @@ from typing import Any, Self
 import grpc
 
 from stagemesh.client._channel import CHANNEL_OPTIONS, call_error
+from stagemesh.client.cli._interrupt import ctrl_c_calls
 from stagemesh.v1 import admin_pb2 as pb
 from stagemesh.v1 import admin_pb2_grpc
 from stagemesh.wire.address import split_address
@@ -34,12 +35,15 @@ class Admin:
         return response.status
 
     def watch(self, interval_ms: int) -> Iterator[pb.MeshStatus]:
-        """The mesh now and after each interval."""
-        try:
-            for response in self._stub.WatchStatus(pb.WatchStatusRequest(interval_ms=interval_ms)):
-                yield response.status
-        except grpc.RpcError as error:
-            raise call_error(error, address=self._address) from error
+        """The mesh now and after each interval, until Ctrl-C."""
+        call = self._stub.WatchStatus(pb.WatchStatusRequest(interval_ms=interval_ms))
+        with ctrl_c_calls(call.cancel) as stopped:
+            try:
+                for response in call:
+                    yield response.status
+            except grpc.RpcError as error:
+                if not stopped.is_set():
+                    raise call_error(error, address=self._address) from error
 
     def trace(self, request_id: str) -> pb.GetRequestTraceResponse:
         """Where the time of a request went; NotFoundError if it is not among the last ones."""

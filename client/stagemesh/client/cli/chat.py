@@ -10,6 +10,7 @@ import typer
 from stagemesh.client import Client, Message, StagemeshError
 from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client.cli import _options as shared
+from stagemesh.client.cli._interrupt import ctrl_c_calls
 
 _EXIT = "/exit"
 
@@ -46,14 +47,12 @@ def _turn(client: Client, messages: list[Message], line: str, options: Any) -> N
     """Ask and print. A stopped answer stays in the conversation as far as it came; a refused message goes."""
     messages.append({"role": "user", "content": line})
     parts: list[str] = []
-    with client.chat(messages, **options) as stream:
+    with client.chat(messages, **options) as stream, ctrl_c_calls(stream.close) as stopped:
         try:
             for chunk in stream:
                 parts.append(chunk.text)
                 print(chunk.text, end="", flush=True)
-            print(flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", flush=True)
+            print(" [stopped]" if stopped.is_set() else "", flush=True)
         except StagemeshError as error:
             messages.pop()
             if not sys.stdin.isatty():

@@ -12,6 +12,7 @@ import typer
 from stagemesh.client import Client, InvalidArgumentError, TokenStream
 from stagemesh.client._defaults import DEFAULT_ADDRESS, DEFAULT_ADMIN_ADDRESS, DEFAULT_TIMEOUT_S
 from stagemesh.client.cli import _options as shared
+from stagemesh.client.cli._interrupt import ctrl_c_calls
 from stagemesh.client.cli._telemetry import client_tracing
 from stagemesh.client.cli.trace import show_trace
 
@@ -63,11 +64,11 @@ def _generate(
         client_tracing(always=trace),
         Client(address, timeout=timeout) as client,
         client.generate(text, token_ids=ids, **options) as stream,
+        ctrl_c_calls(stream.close) as stopped,
     ):
-        try:
-            _print_json(stream) if as_json else _print_text(stream)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        _print_json(stream) if as_json else _print_text(stream)
+        if stopped.is_set():
+            raise typer.Exit(130)
         if trace:
             show_trace(admin, stream.request_id, as_json)
 

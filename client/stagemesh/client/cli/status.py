@@ -28,13 +28,10 @@ def _status(
 ) -> None:
     """Layers, ranks with heads/KV heads, device, KV blocks, link and state of each stage."""
     with Admin(admin) as router:
-        try:
-            if watch:
-                _watch(router, int(interval * 1000), as_json)
-            else:
-                _show(router.status(), as_json)
-        except KeyboardInterrupt:
-            return
+        if watch:
+            _watch(router, int(interval * 1000), as_json)
+        else:
+            _show(router.status(), as_json)
 
 
 def _watch(router: Admin, interval_ms: int, as_json: bool) -> None:

@@ -35,13 +35,10 @@ def _top(
         Admin(admin) as router,
         Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
     ):
-        try:
-            for status in router.watch(int(interval * 1000)):
-                if before is not None:
-                    rates = Rates.between(before, status)
-                live.update(top_view(status, rates), refresh=True)
-                before, looks = status, looks + 1
-                if looks == count:
-                    return
-        except KeyboardInterrupt:
-            return
+        for status in router.watch(int(interval * 1000)):
+            if before is not None:
+                rates = Rates.between(before, status)
+            live.update(top_view(status, rates), refresh=True)
+            before, looks = status, looks + 1
+            if looks == count:
+                return
