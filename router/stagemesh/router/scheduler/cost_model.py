@@ -35,6 +35,8 @@ def shape_of(rows: int, context: int, starts: Int64, counts: Int64) -> Float64:
         starts: [chunks] where each chunk of a prompt begins.
         counts: [chunks] its positions.
     """
+    if not len(counts):
+        return np.array([1.0, rows, 0.0, context, 0.0])
     cells = context + float((starts + counts).sum())
     pairs = float((counts * (starts + counts / 2)).sum())
     return np.array([1.0, rows, counts.sum(), cells, pairs])

@@ -191,9 +191,9 @@ class Pace:
         self.costs.settle()
         self._hops = self.times.hops()
         if self._limits.max_microbatches and self._num_rows:
-            shapes = np.stack([self._shape(m) for m in range(1, self._limits.max_microbatches + 1)])
+            counts = np.arange(1, self._limits.max_microbatches + 1)
+            shapes = self._shapes(counts)
             step_s = self.costs.predict(shapes)
-            counts = np.arange(1, len(shapes) + 1)
             work = self._num_rows + counts * shapes[:, 2]
             self.num_microbatches = choose_num_steps(
                 step_s, work, self.num_microbatches, self._hops, self._limits.lookahead
@@ -220,14 +220,14 @@ class Pace:
         share = self.num_microbatches
         return np.array([1.0, max(self._num_rows / share, 1.0), 0.0, self._context / share, 0.0])
 
-    def _shape(self, num_steps: int) -> Float64:
-        """[terms] of a step if so many are in flight: they share the decodes, and the prefill that runs beside
-        them unless there is enough of it to fill any number of steps."""
-        shape = self.times.recent_shape()
+    def _shapes(self, counts: Int64) -> Float64:
+        """[counts, terms] of a step if so many are in flight: they share the decodes, and the prefill that runs
+        beside them unless there is enough of it to fill any number of steps."""
+        shapes = np.tile(self.times.recent_shape(), (len(counts), 1))
         plenty = self._limits.step_tokens * self._limits.max_microbatches
         if self.budget.has_target or self._backlog < plenty:
-            shape *= self.num_microbatches / num_steps
-        shape[0] = 1.0
-        shape[1] = max(self._num_rows / num_steps, 1.0)
-        shape[3] = self._context / num_steps
-        return shape
+            shapes *= (self.num_microbatches / counts)[:, None]
+        shapes[:, 0] = 1.0
+        shapes[:, 1] = np.maximum(self._num_rows / counts, 1.0)
+        shapes[:, 3] = self._context / counts
+        return shapes

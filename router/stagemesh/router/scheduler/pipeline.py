@@ -36,23 +36,26 @@ class Hops:
     """From the router through all stages and back to it."""
 
 
-def cycle_s(step_s: Float64, num_steps: int, hops: Hops, lookahead: int) -> float:
-    """Seconds in which each of `num_steps` steps in flight runs once.
+def cycles_s(step_s: Float64, num_steps: Int64, hops: Hops, lookahead: int) -> Float64:
+    """[choices] seconds in which each of the steps in flight runs once, for several numbers of them.
 
     The slowest stage runs them one after the other; a step's tokens must be back before it runs again, over
     the ring, and the router must have seen all but `lookahead` of them.
 
     Args:
-        step_s: [stages] of one step.
-        num_steps: In flight (M).
+        step_s: [choices, stages] of one step.
+        num_steps: [choices] in flight (M).
         hops: Of the lane.
         lookahead: Steps sent ahead of their results.
     """
-    through = float(step_s.sum())
-    bounds = [num_steps * float(step_s.max()), (through + hops.trip) / (lookahead + 1)]
-    if lookahead:
-        bounds.append(through + hops.ring)
-    return max(bounds)
+    through = step_s.sum(axis=1)
+    cycles: Float64 = np.maximum(num_steps * step_s.max(axis=1), (through + hops.trip) / (lookahead + 1))
+    return np.maximum(cycles, through + hops.ring) if lookahead else cycles
+
+
+def cycle_s(step_s: Float64, num_steps: int, hops: Hops, lookahead: int) -> float:
+    """The same for one number of them; step_s is [stages]."""
+    return float(cycles_s(step_s[None], np.array([num_steps]), hops, lookahead)[0])
 
 
 def choose_num_steps(step_s: Float64, work: Float64, current: int, hops: Hops, lookahead: int) -> int:
@@ -65,8 +68,7 @@ def choose_num_steps(step_s: Float64, work: Float64, current: int, hops: Hops, l
         hops: Of the lane.
         lookahead: Steps sent ahead of their results.
     """
-    cycles = [cycle_s(row, index + 1, hops, lookahead) for index, row in enumerate(step_s)]
-    rates = work / np.array(cycles)
+    rates = work / cycles_s(step_s, np.arange(1, len(step_s) + 1), hops, lookahead)
     best = int(rates.argmax()) + 1
     if current <= len(rates) and rates[current - 1] * (1 + GAIN) >= rates[best - 1]:
         return current

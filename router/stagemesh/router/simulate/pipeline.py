@@ -58,6 +58,7 @@ class VirtualPipeline:
         rates = [0.0, *(position_bytes * 1e9 / link.bandwidth if link.bandwidth else 0.0 for link in links)]
         self._position_ns = np.array(rates)
         self._limited = bool(self._position_ns.any())
+        self._fixed_before = self._before(self._fixed_costs, self._latencies)
         self._ring = ring
         self._free_at = np.zeros(count, np.int64)
         self._sampled_at = [0]
@@ -80,23 +81,33 @@ class VirtualPipeline:
             newest_input: The latest step whose tokens it takes; 0: none.
         """
         assert number == len(self._sampled_at)
-        costs = self._costs(shape)
-        hops = self._latencies
-        if self._limited:
-            hops = hops + np.rint(self._position_ns * shape.tokens).astype(np.int64)
+        if self._constant and not self._limited:
+            costs, before = self._fixed_costs, self._fixed_before
+        else:
+            hops = self._latencies
+            if self._limited:
+                hops = hops + np.rint(self._position_ns * shape.tokens).astype(np.int64)
+            costs = self._costs(shape)
+            before = self._before(costs, hops)
         free = np.maximum(self._free_at, arrival_ns)
         ready = free.copy()
         ready[0] = max(ready[0], self._sampled_at[newest_input])
         # end[s] = max(ready[s], end[s-1] + hop[s]) + cost[s]: with the running sums of costs and hops taken
         # off, it is a running maximum.
-        before = np.cumsum(costs + hops) - costs
-        ends = np.maximum.accumulate(ready - before) + before + costs
+        begins = np.maximum.accumulate(ready - before) + before
+        ends = begins + costs
         self._free_at = ends
         self.busy_ns += costs
         last = int(ends[-1])
         ring = self._ring.nanoseconds(TOKEN_BYTES * shape.rows) if self.num_stages > 1 else 0
         self._sampled_at.append(last + ring)
-        return StepTimes(np.full(len(ends), arrival_ns), free, ends - costs, ends)
+        return StepTimes(np.broadcast_to(np.int64(arrival_ns), ends.shape), free, begins, ends)
+
+    @staticmethod
+    def _before(costs: Int64, hops: Int64) -> Int64:
+        """[stages] from the begin of a step on the first stage to its begin on each, if nothing holds it up."""
+        before: Int64 = np.cumsum(costs + hops) - costs
+        return before
 
     def _costs(self, shape: StepShape) -> Int64:
         if self._constant:
