@@ -122,6 +122,11 @@ class CostModel:
         fitting = np.where(linear + root > 0, most, np.inf).min()
         return int(min(fitting, 1 << 30))
 
+    def positions_seconds(self, count: int) -> Float64:
+        """[stages] seconds that so many positions of prompts take, without what they read of the context."""
+        seconds: Float64 = self.coefficients[:, 2] * count
+        return seconds
+
     def chunk_seconds(self, start: int, count: int) -> Float64:
         """[stages] seconds that a chunk adds to a step."""
         _, _, position, cell, pair = self.coefficients.T

@@ -161,7 +161,13 @@ class Pace:
             return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
         usual_s = self.costs.predict(self._decodes())
         waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
-        allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, self._backlog)
+        allowed_s = self.budget.step_s(
+            usual_s,
+            waits,
+            self._hops.ring,
+            self._backlog,
+            float(self.costs.positions_seconds(self._backlog).max()),
+        )
         none = np.zeros(0, np.int64)
         left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
         return Allowance(self.costs, left_s, max(floor, 1), self._limits.block_size)

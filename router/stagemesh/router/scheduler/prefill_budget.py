@@ -18,6 +18,9 @@ STRETCH = 0.5
 """A step may cost so much more than its decodes, ..."""
 BACKLOG_STEPS = 8
 """... and once more than its decodes for every so many full steps of prefill that wait."""
+BACKLOG_SHARE = 1 / 8
+"""... or this part of the time that all waiting prefill takes, if that is more: who waits for seconds gains from
+large steps, and a stream loses no more than this part of it."""
 WINDOW_S = 10.0
 """Of the inter-token times that the target is held over."""
 CONTROL_S = 0.5
@@ -62,7 +65,9 @@ class PrefillBudget:
         values = [part for at, part in self._recent if at >= since]
         return float(np.percentile(np.concatenate(values), PERCENTILE)) if values else 0.0
 
-    def step_s(self, decode_s: Float64, num_steps: float, ring_s: float, backlog: int) -> float:
+    def step_s(
+        self, decode_s: Float64, num_steps: float, ring_s: float, backlog: int, backlog_s: float
+    ) -> float:
         """Seconds that a step may take of any stage.
 
         Args:
@@ -70,9 +75,11 @@ class PrefillBudget:
             num_steps: That a token waits for: steps in flight, or stages it passes, in terms of the slowest.
             ring_s: Hops once round.
             backlog: Prompt positions that wait.
+            backlog_s: Seconds that these take of the slowest stage.
         """
         slowest = float(decode_s.max())
         allowed = slowest * (1 + STRETCH + backlog / (BACKLOG_STEPS * self._step_tokens))
+        allowed = max(allowed, BACKLOG_SHARE * backlog_s)
         if self.has_target:
             allowed = min(allowed, self._factor * max(self._target_s - ring_s, 0.0) / num_steps)
         return allowed
