@@ -23,6 +23,7 @@ class RunningMesh:
         model: What it serves.
         tps: Ranks of each stage.
         stage_flags: Further flags of every stage.
+        own_flags: And of each one alone.
         router_flags: Further flags of the router.
     """
 
@@ -33,12 +34,14 @@ class RunningMesh:
         tps: Sequence[int],
         *,
         stage_flags: Sequence[str] = ("--kv-memory", "16MiB"),
+        own_flags: Sequence[Sequence[str]] = (),
         router_flags: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.model = model
         self.tps = tuple(tps)
         self._stage_flags = stage_flags
+        self._own_flags = own_flags
         self._router_flags = router_flags
         self._channels: list[grpc.Channel] = []
         self.stages: list[Service] = []
@@ -135,5 +138,5 @@ class RunningMesh:
             len(self.tps),
             tp=self.tps[index],
             listen=listen,
-            flags=self._stage_flags,
+            flags=(*self._stage_flags, *(self._own_flags[index] if self._own_flags else ())),
         )

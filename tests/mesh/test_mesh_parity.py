@@ -14,6 +14,10 @@ from stagemesh.v1 import inference_pb2
 
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 23, 31, 32, 33, 40, 47, 60, 75, 90)
 MAX_TOKENS = (32, 20, 27, 24)
+NUM_LAYERS = 6
+LAYER_BLOCK_BYTES = 2 * 16 * 3 * 16 * 4
+"""K and V of 16 tokens, 3 heads of 16 floats."""
+SCARCE_BLOCKS = 20
 
 
 def ask_sixteen(mesh: RunningMesh) -> dict[int, Answer]:
@@ -27,14 +31,15 @@ def ask_sixteen(mesh: RunningMesh) -> dict[int, Answer]:
     return {length: read_answer(call) for length, call in calls.items()}
 
 
-def check_sixteen(mesh: RunningMesh, reference: LlamaForCausalLM) -> None:
+def check_sixteen(mesh: RunningMesh, reference: LlamaForCausalLM, *, batched: bool = True) -> None:
     answers = ask_sixteen(mesh)
     for index, (length, answer) in enumerate(answers.items()):
         assert len(answer.token_ids) == MAX_TOKENS[index % len(MAX_TOKENS)]
         assert answer.finish_reason == inference_pb2.FINISH_REASON_LENGTH
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, len(answer.token_ids))
         check_greedy(reference, make_prompt(length), answer.token_ids)
-    assert max(len(step["rows"]) for step in mesh.steps()) > 1, "the requests were never batched"
+    most = max(len(step["rows"]) for step in mesh.steps())
+    assert (most > 1) == batched, f"{most} rows a step at most"
 
 
 @pytest.mark.parametrize("tps", [(3, 3), (1, 1, 1, 1, 1)], ids=["2 TP 3", "5"])
@@ -47,21 +52,44 @@ def test_layouts(tps: tuple[int, ...], small: Path, reference: LlamaForCausalLM,
         mesh.close()
 
 
-@pytest.mark.parametrize(
-    ("lookahead", "chunk", "prefix_cache"), [(0, 7, "--no-prefix-cache"), (2, 64, "--prefix-cache")]
-)
-def test_drives_with_so_little_memory_that_requests_yield(
-    lookahead: int, chunk: int, prefix_cache: str, small: Path, reference: LlamaForCausalLM, tmp_path: Path
+# (lookahead, positions a step, prefix cache, scarce KV, stages): six of the pairwise cover of parity/test_drives.py.
+DRIVES = [
+    (0, 7, False, True, 2),
+    (2, 64, True, True, 2),
+    (1, 1, True, False, 1),
+    (2, 2048, False, False, 4),
+    (0, 64, True, False, 3),
+    (1, 7, False, True, 4),
+]
+
+
+@pytest.mark.parametrize(("lookahead", "chunk", "prefix_cache", "scarce", "stages"), DRIVES)
+def test_drives(
+    lookahead: int,
+    chunk: int,
+    prefix_cache: bool,
+    scarce: bool,
+    stages: int,
+    small: Path,
+    reference: LlamaForCausalLM,
+    tmp_path: Path,
 ) -> None:
-    """Two stages with 20 blocks of 16 tokens; what is asked at once needs three times as many."""
-    flags = ("--lookahead", str(lookahead), "--step-tokens", str(chunk), prefix_cache)
-    mesh = RunningMesh(tmp_path, small, (1, 1), stage_flags=("--kv-memory", "368640"), router_flags=flags)
+    """Where KV is scarce there are 20 blocks of 16 tokens, and what is asked at once needs three times as many."""
+    memory = -(-NUM_LAYERS // stages) * SCARCE_BLOCKS * LAYER_BLOCK_BYTES if scarce else 1 << 24
+    flags = ("--lookahead", str(lookahead), "--step-tokens", str(chunk))
+    flags += ("--prefix-cache" if prefix_cache else "--no-prefix-cache",)
+    mesh = RunningMesh(
+        tmp_path, small, [1] * stages, stage_flags=("--kv-memory", str(memory)), router_flags=flags
+    )
     try:
-        assert mesh.wait_ready().num_blocks == 20
-        check_sixteen(mesh, reference)
-        assert mesh.lane.num_preemptions > 0
+        blocks = mesh.wait_ready().num_blocks
+        check_sixteen(mesh, reference, batched=chunk > 1)
+        assert (mesh.lane.num_preemptions > 0) == scarce
+        assert max(sum(count for _, count, _ in step["rows"]) for step in mesh.steps()) <= chunk
     finally:
         mesh.close()
+    if scarce:
+        assert blocks == SCARCE_BLOCKS
 
 
 def test_one_stage(single_mesh: RunningMesh, reference: LlamaForCausalLM) -> None:

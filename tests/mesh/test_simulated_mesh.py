@@ -1,13 +1,16 @@
-"""The simulator and a mesh of simulated engines do the same: the steps that one request takes, row for row."""
+"""A mesh of simulated engines: it takes the simulator's steps, row for row, and can be measured."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running_mesh import RunningMesh
+from mesh_processes import wait_for
+from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.router.scheduler import Step
 from stagemesh.router.simulate.simulation import Simulation
@@ -56,15 +59,27 @@ def simulated_steps(lookahead: int) -> list[Rows]:
     return steps
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_request_takes_the_same_steps(tmp_path: Path, lookahead: int) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(SHAPE))
-    folder = tmp_path / "logs"
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Simulated engines need its shape alone."""
+    folder = tmp_path / "model"
     folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "logs").mkdir()
+    return folder
+
+
+def ask(mesh: RunningMesh) -> list[int]:
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=range(3, 3 + PROMPT)), max_tokens=OUTPUT, temperature=0.0, ignore_eos=True
+    )
+    return [token for one in mesh.stub.Generate(request, timeout=CALL_TIMEOUT_S) for token in one.token_ids]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_request_takes_the_same_steps(tmp_path: Path, model: Path, lookahead: int) -> None:
     mesh = RunningMesh(
-        folder,
+        tmp_path / "logs",
         model,
         [1, 1],
         stage_flags=("--engine", "sim", "--cost", "1ms"),
@@ -72,16 +87,40 @@ def test_a_request_takes_the_same_steps(tmp_path: Path, lookahead: int) -> None:
     )
     try:
         mesh.wait_ready()
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=range(3, 3 + PROMPT)),
-            max_tokens=OUTPUT,
-            temperature=0.0,
-            ignore_eos=True,
-        )
-        tokens = [token for one in mesh.stub.Generate(request, timeout=30) for token in one.token_ids]
+        tokens = ask(mesh)
     finally:
         mesh.close()
     assert len(tokens) == OUTPUT
     lines: list[dict[str, Any]] = [json.loads(line) for line in mesh.step_log.read_text().splitlines()]
     steps = [[(count, sample) for _, count, sample in line["rows"]] for line in lines if "step" in line]
     assert steps == simulated_steps(lookahead)
+
+
+def plan(mesh: RunningMesh) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stagemesh.client.cli", "plan", "--measure", mesh.admin_listen, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False)
+
+
+def test_a_plan_from_the_step_times_of_a_live_mesh(tmp_path: Path, model: Path) -> None:
+    """Three layers that take 30 ms and one that takes 10: two and two is what equalizes them."""
+    mesh = RunningMesh(
+        tmp_path / "logs",
+        model,
+        [1, 1],
+        stage_flags=("--engine", "sim"),
+        own_flags=(("--layers", "0:3", "--cost", "30ms"), ("--layers", "3:4", "--cost", "10ms")),
+    )
+    try:
+        mesh.wait_ready()
+        early = plan(mesh)
+        ask(mesh)
+        wait_for(lambda: all(stage.step_ms for stage in mesh.lane.stages), "step times of every stage")
+        measured = plan(mesh)
+    finally:
+        mesh.close()
+    assert early.returncode == 1
+    assert "give it some load" in early.stderr
+    found = json.loads(measured.stdout)
+    assert (found["present_split"], found["split"]) == ([3, 1], [2, 2])
+    assert found["present_step_ms"][0] >= 30
+    assert found["gain"] > 1
