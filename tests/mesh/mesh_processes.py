@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 60.0
 POLL_S = 0.02
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class Service:
         self.process.wait(STOP_TIMEOUT_S)
 
 
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 30.0) -> T:
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
     """The first result of `look` that is true."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from mesh_calls import Answer, generate, make_request, read_answer, read_refusal, start, to_refusal
-from mesh_processes import is_alive, start_router, wait_for
+from mesh_processes import START_TIMEOUT_S, is_alive, start_router, wait_for
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.client import Client, Completion
@@ -185,7 +185,7 @@ def test_a_worker_that_dies_takes_its_streams_along_and_comes_back(
 def test_nobody_else_gets_the_port(mesh: RunningMesh, demo_model: Path, tmp_path: Path) -> None:
     for flags in ((), ("--api-workers", "1")):
         other = start_router(tmp_path, demo_model, mesh.addresses, ("--listen", mesh.listen, *flags))
-        assert other.process.wait(60) == 2
+        assert other.process.wait(START_TIMEOUT_S) == 2
         assert f"cannot listen on {mesh.listen}" in other.log.read_text()
     host, _, port = mesh.listen.rpartition(":")
     with socket.socket() as taker, pytest.raises(OSError, match="in use"):

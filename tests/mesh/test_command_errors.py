@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from mesh_processes import Service, address_of, start_router, start_stage
+from mesh_processes import START_TIMEOUT_S, Service, address_of, start_router, start_stage
 
 from stagemesh.client.cli import main
 
@@ -103,7 +103,7 @@ def start_and_fail(model: Path) -> str:
     """The error line of a real stage; damage inside a shard is found by the worker that reads it."""
     stage = start_stage(model.parent, model, 0, 1)
     try:
-        assert stage.process.wait(60) == 1
+        assert stage.process.wait(START_TIMEOUT_S) == 1
         return check_line(stage.log.read_text())
     finally:
         stage.kill()
@@ -248,7 +248,7 @@ def test_port_of_another_stage(lone_stage: Service, wide: Path, tmp_path: Path) 
     address = address_of(lone_stage)
     second = start_stage(tmp_path, wide, 0, 1, listen=address)
     try:
-        assert second.process.wait(30) == 2
+        assert second.process.wait(START_TIMEOUT_S) == 2
         assert address in check_line(second.log.read_text())
     finally:
         second.kill()

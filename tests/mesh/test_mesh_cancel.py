@@ -38,7 +38,7 @@ def test_a_client_that_goes_away_while_its_request_decodes(mesh: RunningMesh, ne
     call.cancel()
     freed_at = wait_free(mesh)
     steps = mesh.steps_of("gone-decoding")
-    assert 0 < len(steps) < 1000
+    assert 0 < len(steps) < 1500
     assert steps[-1] <= freed_at
 
 
@@ -46,7 +46,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_computed(mesh: RunningMesh,
     call = mesh.stub.Generate(
         make_request(make_prompt(1900), 10, request_id="gone-prefilling"), timeout=CALL_TIMEOUT_S
     )
-    wait_for(lambda: mesh.steps_of("gone-prefilling"), "its first chunk")
+    wait_for(lambda: '"gone-prefilling"' in mesh.step_log.read_text(), "its first chunk")
     call.cancel()
     wait_free(mesh)
     rows = [row for step in mesh.steps() for row in step["rows"] if row[0] == "gone-prefilling"]

@@ -17,7 +17,7 @@ from stagemesh.v1 import admin_pb2, inference_pb2
 
 def test_a_request_that_comes_while_another_decodes_is_in_the_very_next_step(mesh: RunningMesh) -> None:
     """The step log says when B's first row was sent; A's tokens say what had been sent when B came."""
-    running = start(mesh, request_id="struct-a", max_tokens=800)
+    running = start(mesh, request_id="struct-a", max_tokens=1900)
     before = mesh.lane.num_steps
     answer = generate(mesh, make_prompt(3, 5), 4, request_id="struct-b")
     after = mesh.lane.num_steps

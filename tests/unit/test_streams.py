@@ -153,7 +153,7 @@ async def test_a_client_that_does_not_read_costs_no_message_a_token(side: Any) -
             await asyncio.sleep(0)
     gc.collect()
     assert len(gc.get_objects()) - before < 2_000
-    assert sum(isinstance(one, RequestStream) for one in gc.get_objects()) == len(names)
+    assert sum(type(one) is RequestStream for one in gc.get_objects()) == len(names)
     side.backend.give(dict.fromkeys(names, 1), ends=names)
     messages, token_ids, ended = 0, dict.fromkeys(names, 0), 0
     while ended < len(names):

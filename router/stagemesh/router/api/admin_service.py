@@ -23,7 +23,7 @@ from stagemesh.wire.errors import InvalidArgumentError, NotFoundError, Stagemesh
 WATCH_INTERVAL_MS = 1_000
 TIMELINE_S = 5.0
 TIMELINE_MAX_S = 60.0
-DRAIN_MARGIN_S = 0.2
+DRAIN_MARGIN_S = 1.0
 """Before the caller's deadline, so that it hears how many are left."""
 
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -78,7 +78,9 @@ class AdminService:
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         remaining_s = context.time_remaining()
-        left = await self._requests.drain(None if remaining_s is None else remaining_s - DRAIN_MARGIN_S)
+        if remaining_s is not None:
+            remaining_s -= min(DRAIN_MARGIN_S, remaining_s / 2)
+        left = await self._requests.drain(remaining_s)
         return admin_pb2.DrainResponse(num_left=left)
 
     def _status(self) -> admin_pb2.MeshStatus:

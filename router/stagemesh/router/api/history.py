@@ -19,7 +19,9 @@ from stagemesh.v1 import admin_pb2
 
 REQUESTS_KEPT = 1_000
 SETTLE_S = 1.0
-"""Stages report in batches: the last steps of a request are known this long after it ended."""
+"""Stages report in batches: the last steps of a request are usually known this long after it ended."""
+MAX_SETTLE_S = 5.0
+"""What the stages have not reported by then is missing in its trace."""
 POLL_S = 0.02
 _MS = 1e6
 
@@ -59,10 +61,21 @@ class RequestHistory:
     def _settle_due(self) -> None:
         self._timer, now = None, time.monotonic()
         while self._unsettled and self._unsettled[0][0] <= now:
-            self._settle(self._unsettled.popleft()[1])
+            live = self._unsettled.popleft()[1]
+            if self._is_reported(live) or now - live.ended >= MAX_SETTLE_S:
+                self._settle(live)
+            else:
+                self._unsettled.append((now + SETTLE_S, live))
         if self._unsettled:
             pause_s = self._unsettled[0][0] - now
             self._timer = asyncio.get_running_loop().call_later(pause_s, self._settle_due)
+
+    def _is_reported(self, live: LiveRequest) -> bool:
+        """Whether every stage has said where the time of its last step went."""
+        if live.sequence is None:
+            return True
+        last = max((*live.sequence.prefill_steps[-1:], *live.sequence.decode_steps[-1:]), default=0)
+        return all(stage.timings.has(last) for stage in self._stages)
 
     def _settle(self, live: LiveRequest) -> None:
         """Work out its times while the stages' are still kept, and let go of the rest."""
@@ -76,11 +89,9 @@ class RequestHistory:
 
     async def settled(self, request_id: str) -> admin_pb2.GetRequestTraceResponse | None:
         """`trace`; of a request that has just ended, once the stages have reported its last step."""
-        deadline = time.monotonic() + SETTLE_S
+        deadline = time.monotonic() + MAX_SETTLE_S
         while isinstance(live := self._kept.get(request_id), LiveRequest) and live.ended and live.sequence:
-            sequence = live.sequence
-            last = max((*sequence.prefill_steps[-1:], *sequence.decode_steps[-1:]), default=0)
-            if time.monotonic() > deadline or all(stage.timings.has(last) for stage in self._stages):
+            if time.monotonic() > deadline or self._is_reported(live):
                 break
             await asyncio.sleep(POLL_S)
         return self.trace(request_id)
