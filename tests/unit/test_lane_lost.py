@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
+from stagemesh.v1 import stage_pb2
 
 ADDRESSES = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
 
@@ -46,3 +48,19 @@ async def test_who_tells_first_counts(lane: Lane) -> None:
     lane._lose(lane.stages[0], "the link broke", ADDRESSES[1])
     assert lane._lost
     assert lane._lost.result().stage == lane.stages[2].name
+
+
+async def test_an_answer_that_cannot_be_taken_loses_the_stage_and_says_so(lane: Lane) -> None:
+    class Call:
+        async def read(self) -> stage_pb2.ExecuteResponse:
+            return stage_pb2.ExecuteResponse()
+
+    def take(*_: object) -> None:
+        raise ValueError("a column is short")
+
+    call: Any = Call()
+    await lane.stages[1]._read(call, take, lane._lose)
+    assert lane._lost
+    error = lane._lost.result()
+    assert error.stage == lane.stages[1].name
+    assert "a column is short" in error.message

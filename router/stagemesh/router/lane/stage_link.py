@@ -134,6 +134,12 @@ class StageLink:
                 on_response(self, response)
         except grpc.aio.AioRpcError:
             log.debug("%s: the Execute stream broke", self.name)
+        except Exception as error:
+            # Without its reader the stage would look silent, and be blamed for that.
+            log.exception("%s: what it sent cannot be taken", self.name)
+            self.state, self.detail = "lost", f"what it sent cannot be taken: {error!r}"
+            on_lost(self, self.detail, "")
+            return
         await self._say_lost(call, on_lost)
 
     async def _say_lost(self, call: grpc.aio.StreamStreamCall, on_lost: OnLost) -> None:

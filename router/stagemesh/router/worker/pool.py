@@ -108,6 +108,6 @@ class WorkerPool:
             try:
                 await self._start(index)
                 pause_s = FIRST_PAUSE_S
-            except StartupError as error:
+            except (StartupError, OSError) as error:
                 pause_s = min(MAX_PAUSE_S, 2 * pause_s)
-                log.error("%s; trying again in %.1f s", error, pause_s)
+                log.error("API worker %d cannot start: %s; trying again in %.1f s", index, error, pause_s)

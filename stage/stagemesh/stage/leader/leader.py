@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = "stagemesh.v1.StageService"
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
+"""Before the first start after a group was lost, the second, and so on."""
+STEADY_S = 60.0
+"""A group that served for so long was no failure."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -102,8 +105,10 @@ class StageLeader:
                 await group.stop()
                 raise
             else:
-                failures = 0
+                began = time.monotonic()
                 await self._serve_with(group)
+                if time.monotonic() - began > STEADY_S:
+                    failures = 0
             failures += 1
             await asyncio.sleep(RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S)) - 1])
 
@@ -116,15 +121,16 @@ class StageLeader:
         await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         log.info("%s", load_line(self._plan, group.facts, self._config))
         settle()
+        next_state = "stopping"
         try:
             what = await group.lost
+            next_state = f"{what}; starting again"
+            # The router hears of it at once: what is left of the group may take its time to end.
+            self._fail_lane(StageLostError(f"{self._name}: {what}", reason="STAGE_LOST", stage=self._name))
         finally:
-            self._group = None
-            self._not_ready = "stopping"
+            self._group, self._not_ready = None, next_state
             await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
             await group.stop()
-        self._not_ready = f"{what}; starting again"
-        self._fail_lane(StageLostError(f"{self._name}: {what}", reason="STAGE_LOST", stage=self._name))
 
     async def aclose(self) -> None:
         """End the lane; its router gets UNAVAILABLE."""
