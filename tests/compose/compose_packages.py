@@ -28,8 +28,10 @@ def install_missing() -> list[str]:
             f"this needs {', '.join(missing)}: run it as root on Debian, or install them first", returncode=1
         )
     env = {"DEBIAN_FRONTEND": "noninteractive"}
-    run_again(["apt-get", "update", "--quiet"], timeout_s=_TIMEOUT_S, env=env)
-    install = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *missing]
+    # A machine that has just started may be updating itself.
+    apt = ["apt-get", "--option", "DPkg::Lock::Timeout=120", "--quiet"]
+    run_again([*apt, "update"], timeout_s=_TIMEOUT_S, env=env)
+    install = [*apt, "install", "--yes", "--no-install-recommends", *missing]
     run_again(install, timeout_s=_TIMEOUT_S, env=env)
     return missing
 

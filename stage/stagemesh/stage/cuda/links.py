@@ -39,22 +39,22 @@ ABORT_HANGS = 4
 
 
 class DeviceLinks(NoLinks):
-    """No links but those through the leader: every answer is no."""
+    """No links but those through the leader: every answer is no, so that the engine asks for no tensor."""
 
     def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
         """A new epoch with buffers of that depth."""
 
     def send_buffer(self, index: int, count: int) -> torch.Tensor:
         """[count, hidden] to write activations to, on the compute stream."""
-        raise NotImplementedError
+        raise NotImplementedError("activations go through the leader: sends_hidden is False")
 
     def send_hidden(self, index: int, hidden: torch.Tensor, done: Event) -> int:
         """Send what was written to the buffer before `done`; returns its bytes."""
-        raise NotImplementedError
+        raise NotImplementedError("activations go through the leader: sends_hidden is False")
 
     def receive_hidden(self, into: torch.Tensor) -> None:
         """Receive activations on the compute stream."""
-        raise NotImplementedError
+        raise NotImplementedError("activations come through the leader: receives_hidden is False")
 
     def send_ring(self, index: int, tokens: torch.Tensor) -> None:
         """Send int32 tokens [S], if this stage sends on the ring."""
