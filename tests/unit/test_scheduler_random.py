@@ -141,6 +141,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             done = int(scheduler.running.slots.position[sequence.slot]) if sequence.slot >= 0 else 0
             left += max(len(sequence.to_prefill) - done, 0)
         assert scheduler.backlog == left
+        # What waits beyond the free slots cannot start, whatever steps may carry.
+        room = len(scheduler.running.slots.free)
+        waiting = sorted((one for one in scheduler.live if one.slot < 0), key=lambda one: one.waits_before)
+        assert scheduler._startable() == left - sum(len(one.to_prefill) for one in waiting[room:])
 
     def teardown(self) -> None:
         self.lane.run_to_end()

@@ -122,7 +122,7 @@ class CostModel:
         fitting = np.where(linear + root > 0, most, np.inf).min()
         return int(min(fitting, 1 << 30))
 
-    def positions_seconds(self, count: int) -> Float64:
+    def positions_seconds(self, count: float) -> Float64:
         """[stages] seconds that so many positions of prompts take, without what they read of the context."""
         seconds: Float64 = self.coefficients[:, 2] * count
         return seconds

@@ -92,7 +92,7 @@ class Pace:
         self._limits = limits
         self.costs = CostModel(limits.num_stages)
         self.times = PipelineTimes(limits.num_stages)
-        self.budget = PrefillBudget(limits.step_tokens, limits.itl_target_s)
+        self.budget = PrefillBudget(limits.itl_target_s)
         self.num_microbatches = limits.num_microbatches
         self.max_in_flight = limits.depth
         if limits.max_microbatches:
@@ -131,7 +131,7 @@ class Pace:
 
     def running(self, num_rows: int, context: int | None, backlog: int) -> None:
         """How many sequences decode, now and then the KV cells that they read in all, and how many positions
-        of prompts wait."""
+        of prompts could be computed now."""
         self._num_rows, self._backlog = num_rows, backlog
         if context is not None:
             self._context = context
@@ -161,13 +161,11 @@ class Pace:
             return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
         usual_s = self.costs.predict(self._decodes())
         waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
-        allowed_s = self.budget.step_s(
-            usual_s,
-            waits,
-            self._hops.ring,
-            self._backlog,
-            float(self.costs.positions_seconds(self._backlog).max()),
+        at_hand, lately = (
+            float(self.costs.positions_seconds(count).max())
+            for count in (self._backlog, float(self.times.recent_shape()[2]))
         )
+        allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, at_hand, lately)
         none = np.zeros(0, np.int64)
         left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
         return Allowance(self.costs, left_s, max(floor, 1), self._limits.block_size)

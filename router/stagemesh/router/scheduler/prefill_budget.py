@@ -1,8 +1,8 @@
 """How much prefill a step may carry beside its decodes.
 
-A step with a chunk of a prompt should cost little more than one without, or streams would stutter and steps in
-flight would wait for each other. The more prefill waits, the more a step may take of it. An inter-token
-target, if there is one, bounds what a step may cost; what is measured corrects what was predicted.
+Steps in flight should cost the same, or they wait for each other: each carries an equal part of the prefill at
+hand. The more there is of it, the more a step may take. An inter-token target, if there is one, bounds what a step
+may cost; what is measured corrects what was predicted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
 
-STRETCH = 0.5
-"""A step may cost so much more than its decodes, ..."""
-BACKLOG_STEPS = 8
-"""... and once more than its decodes for every so many full steps of prefill that wait."""
-BACKLOG_SHARE = 1 / 8
-"""... or this part of the time that all waiting prefill takes, if that is more: who waits for seconds gains from
-large steps, and a stream loses no more than this part of it."""
+BACKLOG_STEPS = 12
+"""Steps that the prefill at hand is dealt over. Few would end it sooner, and make steps of very unequal cost follow
+each other, which leaves gaps on every stage behind the first; steps that carry all they can hold are equal again."""
 WINDOW_S = 10.0
 """Of the inter-token times that the target is held over."""
 CONTROL_S = 0.5
@@ -34,12 +30,10 @@ class PrefillBudget:
     """Decides what a step may cost.
 
     Args:
-        step_tokens: Positions of a step at most.
         itl_target_s: Inter-token time that 95% should keep within; 0: no target.
     """
 
-    def __init__(self, step_tokens: int, itl_target_s: float) -> None:
-        self._step_tokens = step_tokens
+    def __init__(self, itl_target_s: float) -> None:
         self._target_s = itl_target_s
         self._factor = 0.8  # until measured: what is predicted leaves out what is not known yet
         self._recent: deque[tuple[float, Float64]] = deque()
@@ -66,7 +60,7 @@ class PrefillBudget:
         return float(np.percentile(np.concatenate(values), PERCENTILE)) if values else 0.0
 
     def step_s(
-        self, decode_s: Float64, num_steps: float, ring_s: float, backlog: int, backlog_s: float
+        self, decode_s: Float64, num_steps: float, ring_s: float, backlog_s: float, lately_s: float
     ) -> float:
         """Seconds that a step may take of any stage.
 
@@ -74,12 +68,11 @@ class PrefillBudget:
             decode_s: [stages] of a step of decodes alone.
             num_steps: That a token waits for: steps in flight, or stages it passes, in terms of the slowest.
             ring_s: Hops once round.
-            backlog: Prompt positions that wait.
-            backlog_s: Seconds that these take of the slowest stage.
+            backlog_s: Seconds that the prompts which could be computed now take of the slowest stage.
+            lately_s: Seconds of prefill that steps had on average of late: as much costs no evenness.
         """
         slowest = float(decode_s.max())
-        allowed = slowest * (1 + STRETCH + backlog / (BACKLOG_STEPS * self._step_tokens))
-        allowed = max(allowed, BACKLOG_SHARE * backlog_s)
+        allowed = slowest + max(backlog_s / BACKLOG_STEPS, lately_s)
         if self.has_target:
             allowed = min(allowed, self._factor * max(self._target_s - ring_s, 0.0) / num_steps)
         return allowed

@@ -63,6 +63,8 @@ class Scheduler:
         self.running = Running(limits, self._enqueue)
         self.pace = Pace(limits)
         self._waiting: list[Sequence] = []
+        self._waiting_positions = 0
+        """Of their prompts."""
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._end_tokens = EndTokens()
@@ -269,12 +271,21 @@ class Scheduler:
     def _prefill_waits(self) -> bool:
         return bool(self.running.prefilling or (self._waiting and self.running.slots.free))
 
+    def _startable(self) -> int:
+        """Positions of prompts that could be computed now. Those that wait for a slot are not among them: large
+        steps would not bring them on."""
+        room = len(self.running.slots.free)
+        if len(self._waiting) <= room:
+            return self.running.backlog
+        starting = sum(len(sequence.to_prefill) for sequence in self._waiting[:room])
+        return self.running.backlog - self._waiting_positions + starting
+
     def _pick_decodes(self) -> Int64:
         columns = self.running.slots
         unfinished = columns.decoding & (columns.position < columns.end_position)
         total = np.flatnonzero(unfinished)
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
-        self.pace.running(len(total), context, self.running.backlog)
+        self.pace.running(len(total), context, self._startable())
         ready = total[columns.unseen[total] <= self.limits.lookahead]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
         kept = self.limits.step_tokens // PREFILL_PART if self._prefill_waits else 0
@@ -367,6 +378,7 @@ class Scheduler:
             ):
                 break
             del self._waiting[0]
+            self._waiting_positions -= len(sequence.to_prefill)
             running.admit(sequence)
             if not take(sequence):
                 break
@@ -464,6 +476,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         self.running.backlog += len(sequence.to_prefill)
+        self._waiting_positions += len(sequence.to_prefill)
         insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
@@ -473,6 +486,7 @@ class Scheduler:
             self.running.vacate(sequence)
         else:
             self.running.backlog -= len(sequence.to_prefill)
+            self._waiting_positions -= len(sequence.to_prefill)
             self._waiting.remove(sequence)
 
     def _retry_after_s(self, now: float) -> float:
