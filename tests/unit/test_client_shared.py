@@ -18,9 +18,12 @@ from stagemesh.client import (
     Client,
     DeadlineExceededError,
     FinishReason,
+    InternalError,
     InvalidArgumentError,
     UnavailableError,
 )
+from stagemesh.client._shared import Inbox
+from stagemesh.client._shared_calls import open_shared, open_shared_async
 from stagemesh.v1 import inference_pb2 as pb
 
 
@@ -194,3 +197,31 @@ def test_the_session_is_made_anew_where_the_router_was(router: ScriptedRouter) -
                 next(third)
                 assert client.complete("back").text == "back"
             assert len(again.sessions) == 1
+
+
+@pytest.mark.parametrize("on_asyncio", [False, True])
+async def test_a_message_that_breaks_the_contract_ends_what_was_on_the_session(on_asyncio: bool) -> None:
+    """Told here, and not by a deadline that may be far."""
+    broken = pb.SessionResponse(texts=["of nobody"])
+
+    class Call:
+        def __iter__(self) -> Iterator[pb.SessionResponse]:
+            return iter([broken])
+
+        async def read(self) -> pb.SessionResponse:
+            return broken
+
+    inbox = Inbox(lambda: None)
+
+    def opened(requests: Any) -> Call:
+        return Call()
+
+    session = (open_shared_async if on_asyncio else open_shared)(opened, (), "mesh:1")
+    if session.start(pb.GenerateRequest(request_id="r"), inbox):
+        for _ in range(10_000):
+            if session.num_live == 0:
+                break
+            await asyncio.sleep(0.005)
+        with pytest.raises(InternalError, match="what mesh:1 sent cannot be taken"):
+            inbox.take()
+    assert not session.start(pb.GenerateRequest(request_id="later"), inbox)

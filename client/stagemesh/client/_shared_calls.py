@@ -16,7 +16,7 @@ from stagemesh.client._channel import call_error
 from stagemesh.client._many_stream import ended_early
 from stagemesh.client._shared import Deadline, Inbox, SharedSession
 from stagemesh.v1 import inference_pb2 as pb
-from stagemesh.wire.errors import CancelledError
+from stagemesh.wire.errors import CancelledError, InternalError, StagemeshError
 
 OpenSession = Callable[[Any], Any]
 """Makes a Session call of an iterator of SessionRequest."""
@@ -105,6 +105,8 @@ def open_shared(
             session.lost(ended_early(address))
         except grpc.RpcError as error:
             session.lost(call_error(error, address=address))
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
+            session.lost(not_understood(address, error))
 
     threading.Thread(target=read, name="stagemesh-session", daemon=True).start()
     return session
@@ -133,11 +135,18 @@ def open_shared_async(
         except asyncio.CancelledError:
             # grpc.aio raises it for a cancelled call as well as for a cancelled task; both end the session.
             session.lost(CancelledError("the call was cancelled"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
+            session.lost(not_understood(address, error))
 
     task = asyncio.get_running_loop().create_task(read())
     _READERS.add(task)
     task.add_done_callback(_READERS.discard)
     return session
+
+
+def not_understood(address: str, error: Exception) -> StagemeshError:
+    """A message that breaks the contract, and with it everything that was on its session."""
+    return InternalError(f"what {address} sent cannot be taken: {error!r}", reason="BAD_RESPONSE")
 
 
 _READERS: set[asyncio.Task[None]] = set()

@@ -150,6 +150,8 @@ class Lane:
                 await stage.aclose()
             if self._event_log:
                 self._event_log.close()
+            if self._step_log:
+                self._step_log.close()
 
     async def _form(self) -> None:
         while True:
