@@ -42,7 +42,7 @@ class RunningMesh:
         self.tps = tuple(tps)
         self._stage_flags = stage_flags
         self._own_flags = own_flags
-        self._router_flags = router_flags
+        self.router_flags = router_flags
         self._channels: list[grpc.Channel] = []
         self.stages: list[Service] = []
         try:
@@ -56,7 +56,7 @@ class RunningMesh:
     def start_router(self) -> None:
         """A router for the stages that are there; the one before it must have ended."""
         self.step_log = self.folder / f"steps-{len(list(self.folder.iterdir()))}.jsonl"
-        flags = ("--step-log", str(self.step_log), *self._router_flags)
+        flags = ("--step-log", str(self.step_log), *self.router_flags)
         self.router = start_router(self.folder, self.model, self.addresses, flags)
         listen, admin = self.router.said(r"listening on (\S+), admin on (\S+),").groups()
         self.listen, self.admin_listen = listen, admin

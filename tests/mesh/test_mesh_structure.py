@@ -82,7 +82,7 @@ def test_status_shows_the_deal_of_the_heads_and_the_links(mesh: RunningMesh) -> 
     ]
     assert heads == [[(6, 3)], [(4, 2), (2, 1)], [(6, 3)]]
     assert [stage.state for stage in lane.stages] == ["ready"] * 3
-    assert [stage.link_transport for stage in lane.stages] == ["grpc"] * 3
+    assert [stage.link_transport for stage in lane.stages] == ["unix"] * 3
     assert all("nccl" in stage.link_reason for stage in lane.stages)
     bounds = [(stage.description.layer_begin, stage.description.layer_end) for stage in lane.stages]
     assert bounds[0][0] == 0

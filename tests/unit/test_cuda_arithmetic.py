@@ -19,7 +19,7 @@ from stagemesh.stage.gpus import Gpu, pick_gpus
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
 from stagemesh.stage.worker.watchdog import Watchdog
 from stagemesh.v1 import stage_pb2
-from stagemesh.wire.errors import ConfigError
+from stagemesh.wire.errors import ChainError, ConfigError
 
 
 def test_every_number_of_rows_has_a_bucket_that_wastes_little() -> None:
@@ -95,10 +95,10 @@ def test_multicast_stays_off_whatever_the_environment_says() -> None:
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
-def stage(index: int, transports: list[str], gpu: str) -> StageLink:
+def stage(index: int, transports: list[str], gpu: str, host: str = "one") -> StageLink:
     link = StageLink.__new__(StageLink)
     link.index, link.address = index, f"host:{index}"
-    link.description = stage_pb2.DescribeResponse(transports=transports)
+    link.description = stage_pb2.DescribeResponse(transports=transports, host_id=host)
     link.description.ranks.add(gpu_id=gpu)
     return link
 
@@ -111,6 +111,25 @@ def test_the_transport_and_why_it_is_no_better() -> None:
     transport, reason = choose_transport(stage(0, both, "a"), stage(1, both, "a"))
     assert transport == "grpc"
     assert "joins no GPU to itself" in reason
+
+
+def test_unix_is_for_one_host_and_a_wanted_transport_is_taken_or_refused() -> None:
+    cpu = ["unix", "grpc"]
+    ours, theirs = stage(0, cpu, ""), stage(1, cpu, "")
+    transport, reason = choose_transport(ours, theirs)
+    assert transport == "unix"
+    assert reason == "no nccl on stage 0 (host:0); no nccl on stage 1 (host:1)"
+    transport, reason = choose_transport(ours, stage(1, cpu, "", host="another"))
+    assert transport == "grpc"
+    assert "unix is for one host, and these are two" in reason
+    transport, reason = choose_transport(ours, stage(1, ["nccl", "grpc"], "a"))
+    assert transport == "grpc"
+    assert "no unix on stage 1 (host:1)" in reason
+    assert choose_transport(ours, theirs, "grpc") == ("grpc", "--link-transport grpc")
+    with pytest.raises(ChainError, match="nccl, as --link-transport wants"):
+        choose_transport(ours, theirs, "nccl")
+    with pytest.raises(ChainError, match="two"):
+        choose_transport(ours, stage(1, cpu, "", host="another"), "unix")
 
 
 def test_results_come_in_order_and_an_error_ends_them() -> None:

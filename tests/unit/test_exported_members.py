@@ -20,7 +20,7 @@ FLAGS = {
         --head-share --heartbeat-timeout-s --insecure --max-graph-rows --max-step-tokens --nccl-links --no-cuda-graphs
         --no-nccl-links --no-symmetric-memory --symmetric-memory
         --event-log --itl-target-ms
-        --kv-memory --linears --link-timeout-s --listen --load-format --log-json --log-level --lookahead
+        --kv-memory --linears --link-timeout-s --link-transport --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics
         --no-debug-logits --no-insecure --no-log-json --no-prefix-cache --no-shared-cores --prefix-cache
         --ready-file --served-model-name

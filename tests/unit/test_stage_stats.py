@@ -63,7 +63,7 @@ def test_links_count_their_bytes_on_the_host_and_on_a_device() -> None:
     stats.settle()
     assert stats.link_bytes == {("activations", "grpc"): 4096}, "a host's link counts what it sent, once"
     stats.open_lane()
-    stats.send_from_device(stage_pb2.LINK_KIND_RING, "nccl")
+    stats.send_from_worker(stage_pb2.LINK_KIND_RING, "nccl")
     stats.take_timings(timing(1, send_ns=3 * MS, sent_bytes=77))
     stats.settle()
     assert stats.link_bytes["ring", "nccl"] == 77

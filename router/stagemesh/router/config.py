@@ -101,6 +101,10 @@ class RouterConfig(_Settings):
         default=60.0, gt=0, description="A step unanswered for longer means a lost stage."
     )
     link_timeout_s: float = Field(default=20.0, gt=0, description="Seconds a link may take to open.")
+    link_transport: Literal["auto", "nccl", "unix", "grpc"] = Field(
+        default="auto",
+        description="Transport of every link; auto: the best that both ends of a link have.",
+    )
     heartbeat_timeout_s: float = Field(default=5.0, gt=0, description="A stage silent for longer is lost.")
     insecure: bool = Field(default=False, description="Listen beyond loopback without TLS.")
     trace: Literal["requests", "full"] = Field(

@@ -29,6 +29,14 @@ class ToWorker(bytes, enum.Enum):
     """epoch, kind (u64 each): mint the id of this rank's end of a link of the engine's own."""
     CONNECT = b"C"
     """ConnectLinkRequest: open such a link."""
+    LINK = b"K"
+    """epoch, kind, sender (u64 each), the peer's address as text: an end of a unix link, whose socket comes along."""
+    TENSOR = b"T"
+    """first_ns, last_ns (u64 each) at which it began to come and was whole, a TensorHeader, the bytes: from a unix link."""
+    ENDED = b"E"
+    """epoch, kind (u64 each): the unix link it receives on has ended."""
+    CLOSE = b"c"
+    """epoch (u64): close the lane's unix links."""
     PING = b"P"
     """Sequence number (u64)."""
     STOP = b"X"
@@ -59,7 +67,8 @@ class ToLeader(bytes, enum.Enum):
     CONNECTED = b"c"
     """rank, epoch, kind, sender (u64 each), then what went wrong as text; empty when the link is open."""
     BROKEN = b"B"
-    """epoch (u64), then what broke as text: the lane is over, the worker is not."""
+    """epoch (u64), what broke and the address of the stage to blame as text, empty if it is unknown: the lane is
+    over, the worker is not."""
     REFUSED = b"E"
     """epoch (u64), reason and message as text: a step the worker could not take."""
     FAILED = b"!"
@@ -73,11 +82,13 @@ class TensorHeader:
     epoch: int
     kind: int
     step: int
+    sent_ns: int = 0
+    """The host's monotonic clock when a unix link took it."""
 
-    _LAYOUT = struct.Struct("<QQQ")
+    _LAYOUT = struct.Struct("<4Q")
 
     def pack(self) -> bytes:
-        return self._LAYOUT.pack(self.epoch, self.kind, self.step)
+        return self._LAYOUT.pack(self.epoch, self.kind, self.step, self.sent_ns)
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> TensorHeader:

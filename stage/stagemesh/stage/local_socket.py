@@ -1,16 +1,19 @@
 """The transport of the local queue: multipart messages over a pair of Unix sockets.
 
 A message is one system call and one wake-up at each end; a queue with an I/O thread on both sides, such as
-ZeroMQ's, has three. Nothing here limits how much may wait: a lane's depth does.
+ZeroMQ's, has three. Nothing here limits how much may wait: a lane's depth does. A message to a worker may bring
+the end of a link with it, from which the worker takes messages as it does from its leader.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ READ_BYTES = 1 << 16
 _SOCKET_BYTES = 1 << 20
 _MAX_BUFFERS = 512
 """Of one sendmsg; the kernel takes 1,024."""
+_DESCRIPTOR_BYTES = array.array("i").itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,14 @@ class MessageReader:
 
     Args:
         end: Blocking or not; `read` does as it does.
+        descriptors: Keep descriptors that come along; otherwise the kernel closes them.
     """
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, *, descriptors: bool = False) -> None:
         self._socket = end
+        self._takes_descriptors = descriptors
+        self.descriptors: deque[int] = deque()
+        """Those that came, in the order of the messages that brought them."""
         # Made once: memory of this size for each message would come from the kernel and go back to it.
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._rest = b""
@@ -66,6 +74,11 @@ class MessageReader:
         """A message that is longer than what was read of it; filled in place."""
         self._filled = 0
         self._whole: deque[list[Part]] = deque()
+
+    @property
+    def within(self) -> bool:
+        """Whether a message has come in part."""
+        return bool(self._rest) or self._large is not None
 
     def pop(self) -> list[Part] | None:
         """The oldest whole message, if there is one."""
@@ -76,7 +89,7 @@ class MessageReader:
         try:
             if self._large is not None:
                 return self._fill(self._large)
-            count = self._socket.recv_into(self._buffer)
+            count = self._receive(self._buffer)
         except ConnectionResetError:
             return 0
         if count:
@@ -84,11 +97,21 @@ class MessageReader:
         return count
 
     def _fill(self, large: memoryview) -> int:
-        count = self._socket.recv_into(large[self._filled :])
+        count = self._receive(large[self._filled :])
         self._filled += count
         if self._filled == len(large):
             self._large = None
             self._split(large)
+        return count
+
+    def _receive(self, into: memoryview) -> int:
+        if not self._takes_descriptors:
+            return self._socket.recv_into(into)
+        count, ancillary, _, _ = self._socket.recvmsg_into(
+            [into], socket.CMSG_SPACE(_DESCRIPTOR_BYTES), socket.MSG_CMSG_CLOEXEC
+        )
+        for _, _, data in ancillary:
+            self.descriptors.extend(array.array("i", data))
         return count
 
     def _split(self, data: Buffer) -> None:
@@ -123,11 +146,30 @@ def _lengths(view: memoryview) -> tuple[int, tuple[int, ...]]:
     return header + sum(lengths), lengths
 
 
+class Source(Protocol):
+    """Something besides the leader that has messages for a worker."""
+
+    def fileno(self) -> int:
+        """Readable when `read` has something."""
+
+    def read(self, since_ns: int) -> list[list[Part]]:
+        """What has come, as messages of the local queue; the worker has been waiting since then."""
+
+
 class Inbox(Protocol):
     """Where a worker's messages come from."""
 
     def recv_multipart(self, timeout_s: float | None = None) -> list[Part] | None:
         """The next message; None if none came in time."""
+
+    def take_end(self) -> socket.socket:
+        """The socket that came with the message that was received last."""
+
+    def add(self, source: Source) -> None:
+        """Take messages from there too."""
+
+    def remove(self, source: Source) -> None:
+        """Take no more of them."""
 
 
 class Outbox(Protocol):
@@ -142,26 +184,58 @@ class WorkerSocket:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._reader = MessageReader(end)
+        self._reader = MessageReader(end, descriptors=True)
         self._sending = threading.Lock()
         self._poll = select.poll()
         self._poll.register(end, select.POLLIN)
+        self._sources: dict[int, Source] = {}
+        self._came: deque[list[Part]] = deque()
+        """From the sources."""
 
     def recv_multipart(self, timeout_s: float | None = None) -> list[Part] | None:
         """The next message; None if none came in time. EOFError when the leader is gone."""
-        while (message := self._reader.pop()) is None:
-            if timeout_s is not None and not self._poll.poll(timeout_s * 1000):
-                return None
-            if not self._reader.read():
-                raise EOFError("the leader has closed the local queue")
+        while (message := self._pop()) is None:
+            if self._sources or timeout_s is not None:
+                since_ns = time.monotonic_ns()
+                ready = self._poll.poll(None if timeout_s is None else timeout_s * 1000)
+                if not ready:
+                    return None
+                for descriptor, _ in ready:
+                    if source := self._sources.get(descriptor):
+                        self._came.extend(source.read(since_ns))
+                    else:
+                        self._read()
+            else:
+                self._read()
         return message
+
+    def take_end(self) -> socket.socket:
+        """The socket that came with the message that was received last."""
+        return socket.socket(fileno=self._reader.descriptors.popleft())
+
+    def add(self, source: Source) -> None:
+        """Take messages from there too; what the leader sent before comes first."""
+        self._sources[source.fileno()] = source
+        self._poll.register(source.fileno(), select.POLLIN)
+
+    def remove(self, source: Source) -> None:
+        """Take no more of them. What came already is still received."""
+        if self._sources.pop(source.fileno(), None):
+            self._poll.unregister(source.fileno())
+
+    def _pop(self) -> list[Part] | None:
+        return self._reader.pop() or (self._came.popleft() if self._came else None)
+
+    def _read(self) -> None:
+        if not self._reader.read():
+            raise EOFError("the leader has closed the local queue")
 
     def send_multipart(self, parts: Sequence[Buffer]) -> None:
         """Send a message; what is given may be written again when it returns."""
         with self._sending:
             left = encode(parts)
             while left:
-                left = _after(left, self._socket.sendmsg(left))
+                left = after(left, self._socket.sendmsg(left))
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -175,16 +249,22 @@ class LeaderSocket:
         end.setblocking(False)
         self._socket = end
         self._reader = MessageReader(end)
-        self._left: deque[Buffer] = deque()
+        self._left: deque[Buffer | socket.socket] = deque()
+        """A socket goes along with the message that follows it."""
         self._loop = asyncio.get_running_loop()
 
     def fileno(self) -> int:
         """For the event loop: readable when `drain` has something."""
         return self._socket.fileno()
 
-    def send_multipart(self, parts: Sequence[Buffer]) -> None:
-        """Send a message, now or when there is room; it is dropped if the worker is gone: its watcher says that."""
+    def send_multipart(self, parts: Sequence[Buffer], end: socket.socket | None = None) -> None:
+        """Send a message, now or when there is room; it is dropped if the worker is gone: its watcher says that.
+
+        `end` goes with the message and is closed here.
+        """
         waiting = bool(self._left)
+        if end is not None:
+            self._left.append(end)
         self._left.extend(encode(parts))
         if not waiting:
             self._flush()
@@ -210,23 +290,51 @@ class LeaderSocket:
     def _flush(self) -> None:
         try:
             while self._left:
-                some = [self._left.popleft() for _ in range(min(len(self._left), _MAX_BUFFERS))]
+                end, some = self._take_some()
                 try:
-                    sent = self._socket.sendmsg(some)
+                    sent = self._socket.sendmsg(some, _rights(end))
                 except BlockingIOError:
                     sent = 0
-                left = _after(some, sent)
+                left = after(some, sent)
                 self._left.extendleft(reversed(left))
+                if end is not None and sent:
+                    end.close()
+                elif end is not None:
+                    self._left.appendleft(end)
                 if left:
                     self._loop.add_writer(self.fileno(), self._flush)
                     return
         except (BrokenPipeError, ConnectionResetError):
+            for thing in self._left:
+                if isinstance(thing, socket.socket):
+                    thing.close()
             self._left.clear()
         self._loop.remove_writer(self.fileno())
 
+    def _take_some(self) -> tuple[socket.socket | None, list[Buffer]]:
+        """What one call sends: a socket goes with the bytes of its own message, and at their head."""
+        end: socket.socket | None = None
+        some: list[Buffer] = []
+        while self._left and len(some) < _MAX_BUFFERS:
+            first = self._left[0]
+            if not isinstance(first, socket.socket):
+                some.append(first)
+            elif some:
+                break
+            else:
+                end = first
+            self._left.popleft()
+        return end, some
 
-def _after(buffers: Sequence[Buffer], sent: int) -> list[Buffer]:
-    """What is left of them after that many bytes."""
+
+def _rights(end: socket.socket | None) -> list[tuple[int, int, bytes]]:
+    if end is None:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [end.fileno()]).tobytes())]
+
+
+def after(buffers: Sequence[Buffer], sent: int) -> list[Buffer]:
+    """What is left of buffers of which that many bytes were sent."""
     for index, buffer in enumerate(buffers):
         if sent < len(buffer):
             return [memoryview(buffer)[sent:], *buffers[index + 1 :]]

@@ -50,6 +50,7 @@ ROUTER_OPTIONS = (
     "itl_target_ms",
     "step_timeout_s",
     "link_timeout_s",
+    "link_transport",
     "heartbeat_timeout_s",
     "trace",
     "metrics",

@@ -11,14 +11,13 @@ import grpc.aio
 import numpy as np
 
 from stagemesh.router.api.requests import Requests
-from stagemesh.router.lane.forming import choose_transport
 from stagemesh.router.lane.lane import DRAINING, READY, Lane
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timeline import record_timeline
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.worker.pool import WorkerPool
 from stagemesh.v1 import admin_pb2
-from stagemesh.wire.errors import InvalidArgumentError, NotFoundError, StagemeshError
+from stagemesh.wire.errors import InvalidArgumentError, NotFoundError
 
 WATCH_INTERVAL_MS = 1_000
 TIMELINE_S = 5.0
@@ -158,10 +157,7 @@ def _stage_status(lane: Lane, stage: StageLink) -> admin_pb2.StageStatus:
     if receiver is stage:
         status.link_transport, status.link_reason = "local", "one stage: tokens stay where they are"
     else:
-        try:
-            status.link_transport, status.link_reason = choose_transport(stage, receiver)
-        except StagemeshError as error:
-            status.link_reason = str(error)
+        status.link_transport, status.link_reason = stage.link_transport, stage.link_reason
     times_ms = stage.timings.recent() / 1e6
     if len(times_ms):
         status.mean_wait_ms = float(times_ms[:, COLUMNS.index("wait")].mean())

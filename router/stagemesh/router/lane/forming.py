@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -11,32 +13,43 @@ import grpc.aio
 
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.v1 import stage_pb2
-from stagemesh.wire.errors import ChainError
+from stagemesh.wire.errors import ChainError, FailedPreconditionError
 from stagemesh.wire.status import from_rpc_error
+
+log = logging.getLogger(__name__)
 
 RPC_TIMEOUT_S = 10.0
 Answer = TypeVar("Answer")
-TRANSPORTS = ("nccl", "grpc")
-"""Best first."""
+AUTO = "auto"
 
 
-def choose_transport(sender: StageLink, receiver: StageLink) -> tuple[str, str]:
-    """The best transport both ends have, and why it is no better one."""
-    theirs = list(receiver.description.transports)
+def choose_transport(sender: StageLink, receiver: StageLink, wanted: str = AUTO) -> tuple[str, str]:
+    """The best transport both ends have, or the wanted one, and why it is no better one."""
+    ours, theirs = list(sender.description.transports), list(receiver.description.transports)
     reasons = [
-        f"no {TRANSPORTS[0]} on {end.name}"
+        f"no {transport} on {end.name}"
+        for transport in ("nccl", "unix")
         for end in (sender, receiver)
-        if TRANSPORTS[0] not in end.description.transports
+        if transport not in end.description.transports
+        and (transport == "nccl" or {*ours, *theirs} & {"unix"})
     ]
-    for transport in sender.description.transports:
-        if transport not in theirs:
+    for transport in ours:
+        if transport not in theirs or wanted not in (AUTO, transport):
             continue
         if transport == "nccl" and (shared := _gpus_of(sender) & _gpus_of(receiver)):
             reasons.append(f"both ends compute on GPU {min(shared)}, and NCCL joins no GPU to itself")
             continue
+        if transport == "unix" and sender.description.host_id != receiver.description.host_id:
+            reasons.append("unix is for one host, and these are two")
+            continue
+        if wanted == transport:
+            return transport, f"--link-transport {wanted}"
+        if transport == "unix":  # reasons against it are none against grpc, and the other way round
+            reasons = [reason for reason in reasons if "unix" not in reason]
         return transport, "; ".join(reasons) or "best on both ends"
     raise ChainError(
-        f"{sender.name} offers {list(sender.description.transports)}, {receiver.name} {theirs}: no transport in common",
+        f"{sender.name} offers {ours}, {receiver.name} {theirs}: no transport in common"
+        + (f" that is {wanted}, as --link-transport wants: {'; '.join(reasons)}" if wanted != AUTO else ""),
         reason="CHAIN_REFUSED",
         stage=receiver.name,
     )
@@ -57,6 +70,15 @@ def links_of(stages: Sequence[StageLink]) -> list[tuple[StageLink, StageLink, st
     ]
 
 
+@dataclass(slots=True)
+class _Link:
+    sender: StageLink
+    receiver: StageLink
+    kind: stage_pb2.LinkKind
+    transport: str
+    reason: str
+
+
 async def open_stages(stages: Sequence[StageLink], lane: stage_pb2.OpenLaneRequest) -> None:
     """Raise the epoch on all stages; whatever they had open is dropped."""
 
@@ -69,29 +91,61 @@ async def open_stages(stages: Sequence[StageLink], lane: stage_pb2.OpenLaneReque
     await _all((stage, open_one(stage)) for stage in stages)
 
 
-async def open_links(stages: Sequence[StageLink], epoch: int, timeout_s: float) -> None:
-    """Open every link at once; each has passed a dummy when this returns."""
-    links = [(*link, choose_transport(link[0], link[1])[0]) for link in links_of(stages)]
+async def open_links(stages: Sequence[StageLink], epoch: int, timeout_s: float, wanted: str = AUTO) -> None:
+    """Open every link at once; each has passed a dummy when this returns, and its sender knows its transport.
+
+    Whether a unix link can be is seen by opening it; where it cannot, and another transport is not ruled out, the
+    link is opened over grpc.
+    """
+    links = [_Link(*ends, *choose_transport(ends[0], ends[1], wanted)) for ends in links_of(stages)]
+    tried = [link for link in links if link.transport == "unix"]
+    for link, problem in zip(
+        tried, await asyncio.gather(*(_try(one, epoch, timeout_s) for one in tried)), strict=True
+    ):
+        if problem and wanted == "unix":
+            raise problem
+        if problem:
+            log.warning("%s to %s: no unix link: %s", link.sender.name, link.receiver.name, problem)
+            link.transport, link.reason = "grpc", f"{link.reason}; unix failed: {problem}"
+    await _open([link for link in links if link.transport != "unix"], epoch, timeout_s)
+    for link in links:
+        link.sender.link_transport, link.sender.link_reason = link.transport, link.reason
+
+
+async def _try(link: _Link, epoch: int, timeout_s: float) -> FailedPreconditionError | None:
+    """Open a unix link; why it could not be, unless a stage is at fault."""
+    try:
+        await _open([link], epoch, timeout_s)
+    except FailedPreconditionError as error:
+        if error.reason != "TRANSPORT_FAILED":
+            raise
+        return error
+    return None
+
+
+async def _open(links: Sequence[_Link], epoch: int, timeout_s: float) -> None:
     prepared = await _all(
         (
-            receiver,
-            receiver.stub.PrepareLink(
-                stage_pb2.PrepareLinkRequest(epoch=epoch, kind=kind, transport=transport),
+            link.receiver,
+            link.receiver.stub.PrepareLink(
+                stage_pb2.PrepareLinkRequest(epoch=epoch, kind=link.kind, transport=link.transport),
                 timeout=RPC_TIMEOUT_S,
             ),
         )
-        for _, receiver, kind, transport in links
+        for link in links
     )
     connects = []
-    for (sender, receiver, kind, transport), answer in zip(links, prepared, strict=True):
-        for end in (sender, receiver):
+    for link, answer in zip(links, prepared, strict=True):
+        for end, other in ((link.sender, link.receiver), (link.receiver, link.sender)):
+            sends = end is link.sender
             request = stage_pb2.ConnectLinkRequest(
                 epoch=epoch,
-                kind=kind,
-                transport=transport,
-                sender=end is sender,
-                peer_address=receiver.address if end is sender else "",
+                kind=link.kind,
+                transport=link.transport,
+                sender=sends,
+                peer_address=other.address if sends or link.transport == "unix" else "",
                 nccl_unique_ids=answer.nccl_unique_ids,
+                unix_path=answer.unix_path if sends else "",
                 timeout_ms=int(timeout_s * 1000),
             )
             connects.append((end, end.stub.ConnectLink(request, timeout=timeout_s + RPC_TIMEOUT_S)))
@@ -99,7 +153,7 @@ async def open_links(stages: Sequence[StageLink], epoch: int, timeout_s: float) 
 
 
 async def _all(calls: Iterable[tuple[StageLink, Awaitable[Answer]]]) -> list[Answer]:
-    """Await all, in order; the first failure is raised as the error it is, with its stage."""
+    """Await all, in order; the first failure is raised as the error it is, with its stage, and the rest cancelled."""
 
     async def one(stage: StageLink, call: Awaitable[Answer]) -> Answer:
         try:
@@ -109,10 +163,10 @@ async def _all(calls: Iterable[tuple[StageLink, Awaitable[Answer]]]) -> list[Ans
             failure.stage = failure.stage or stage.name
             raise failure from error
 
-    results = await asyncio.gather(*(one(*call) for call in calls), return_exceptions=True)
-    answers = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        answers.append(result)
-    return answers
+    tasks = [asyncio.ensure_future(one(*call)) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -196,7 +196,7 @@ class Lane:
                 debug_logits=self._config.debug_logits,
             ),
         )
-        await open_links(self.stages, self.epoch, self._config.link_timeout_s)
+        await open_links(self.stages, self.epoch, self._config.link_timeout_s, self._config.link_transport)
         self._lost = asyncio.get_running_loop().create_future()
         for stage in self.stages:
             stage.timings.clear()

@@ -44,6 +44,10 @@ class StageLink:
         """absent, loading, refused, ready or lost."""
         self.detail = ""
         self.description = stage_pb2.DescribeResponse()
+        self.link_transport = ""
+        """Of the link it sends on."""
+        self.link_reason = ""
+        """Why that is no better one."""
         self.report = stage_pb2.StageReport()
         self.timings = StageTimings()
         self.clock = ClockOffset()

@@ -10,6 +10,7 @@ import numpy as np
 
 from stagemesh.stage.leader.link import LinkSender
 from stagemesh.stage.leader.stats import StageStats
+from stagemesh.stage.leader.unix_link import UnixListener, UnixReading
 from stagemesh.stage.local_queue import Timings, unpack_timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, pack
@@ -32,6 +33,10 @@ class LeaderLane:
     senders: dict[int, LinkSender] = field(default_factory=dict)
     expected: dict[int, asyncio.Event] = field(default_factory=dict)
     """By kind: links this stage receives on; set when the dummy came."""
+    listeners: dict[int, UnixListener] = field(default_factory=dict)
+    """By kind: unix links that this stage will receive on."""
+    readings: dict[int, UnixReading] = field(default_factory=dict)
+    """By kind: unix links whose tensors go to several ranks, and so through the leader."""
     error: StagemeshError | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     """Something waits for the Execute stream."""
@@ -119,6 +124,14 @@ class LeaderLane:
             waiting_for=self.waiting_for,
         )
         return stage_pb2.ExecuteResponse(report=report).SerializeToString()
+
+    def close_receivers(self) -> None:
+        """Close the unix links that the leader receives on, or would have."""
+        for listener in self.listeners.values():
+            listener.close()
+        for reading in self.readings.values():
+            reading.close()
+        self.listeners, self.readings = {}, {}
 
     async def close(self) -> None:
         """Close the links this stage sends on."""

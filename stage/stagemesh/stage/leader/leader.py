@@ -18,10 +18,12 @@ from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
 from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
+from stagemesh.stage.leader.unix_link import UnixListener, UnixReading, connect
 from stagemesh.stage.leader.worker_group import WorkerGroup
 from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker, unpack_timings
 from stagemesh.stage.local_socket import Part
 from stagemesh.stage.plan import StagePlan
+from stagemesh.stage.unix_link import TRANSPORT, UnixReceiver
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import protocol
 from stagemesh.wire.columns import U64, pack, unpack
@@ -129,6 +131,8 @@ class StageLeader:
             self._fail_lane(StageLostError(f"{self._name}: {what}", reason="STAGE_LOST", stage=self._name))
         finally:
             self._group, self._not_ready = None, next_state
+            if self._lane:
+                self._lane.close_receivers()  # they read for ranks that are no more
             await self._health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
             await group.stop()
 
@@ -138,7 +142,8 @@ class StageLeader:
             StageLostError(f"{self._name} is shutting down", reason="STAGE_LOST", stage=self._name)
         )
         if self._lane:
-            await self._lane.close()
+            self._lane.close_receivers()
+            await self.close_lane(self._lane)
 
     def describe(self) -> stage_pb2.DescribeResponse:
         """What the stage is; `not_ready_reason` says why it cannot serve yet."""
@@ -189,10 +194,11 @@ class StageLeader:
         return response
 
     def transports(self) -> list[str]:
-        """Ways to reach a neighbour, best first; NCCL where every rank has it."""
+        """Ways to reach a neighbour, best first; NCCL where every rank has it, Unix sockets where none has a GPU."""
         facts = self._group.facts if self._group else []
         nccl = bool(facts) and all(fact.backends.get("links") == "nccl" for fact in facts)
-        return ["nccl", "grpc"] if nccl else ["grpc"]
+        unix = not self._plan.gpus and hasattr(socket, "AF_UNIX")
+        return [*(["nccl"] if nccl else []), *([TRANSPORT] if unix else []), "grpc"]
 
     async def open_lane(self, request: stage_pb2.OpenLaneRequest) -> str:
         """Raise the epoch; returns the incarnation that serves it."""
@@ -209,7 +215,8 @@ class StageLeader:
                 UnavailableError(f"{self._name} now serves epoch {request.epoch}", reason="EPOCH_RAISED")
             )
             if self._lane:
-                await self._lane.close()
+                self._lane.close_receivers()
+                await self.close_lane(self._lane)
             self._lane = LeaderLane(request, self.stats)
             if self._spans:
                 self._spans.open_lane(request.stage_index)
@@ -230,6 +237,12 @@ class StageLeader:
         if self._lane.error:
             raise self._lane.error
         return self._lane
+
+    async def close_lane(self, lane: LeaderLane) -> None:
+        """Close the links it sends on, so that the neighbours see that it is over."""
+        if self._group:
+            self._group.broadcast(ToWorker.CLOSE, pack([lane.epoch], U64))
+        await lane.close()
 
     def hand_steps(
         self, lane: LeaderLane, request: stage_pb2.ExecuteRequest, data: bytes, arrival_ns: int
@@ -262,6 +275,42 @@ class StageLeader:
                     reason="LINK_FAILED",
                     stage=self._name,
                 )
+
+    def prepare_unix(self, lane: LeaderLane, kind: int) -> str:
+        """The path on which the sender of that link finds this stage."""
+        if kind in lane.listeners:
+            lane.listeners.pop(kind).close()
+        lane.listeners[kind] = UnixListener(self._require_group().folder, lane.epoch, kind)
+        return lane.listeners[kind].path
+
+    async def connect_unix(
+        self, lane: LeaderLane, request: stage_pb2.ConnectLinkRequest, timeout_s: float
+    ) -> None:
+        """Open one end and hand it to who uses it: rank 0 sends; the only rank receives, or else the leader."""
+        if request.sender:
+            end = await connect(request.unix_path, lane.epoch, request.kind, timeout_s)
+            self._hand_link(lane, request, end)
+            if lane.stats:
+                lane.stats.send_from_worker(request.kind, TRANSPORT)
+            return
+        if not (listener := lane.listeners.pop(request.kind, None)):
+            raise FailedPreconditionError("ConnectLink came before PrepareLink", reason="LINK_NOT_PREPARED")
+        try:
+            end = await listener.accept(timeout_s)
+        finally:
+            listener.close()
+        # The ranks of a group must see one order of messages (rule 11), so a link to several goes through here.
+        if self._config.tp == 1:
+            self._hand_link(lane, request, end)
+        else:
+            lane.readings[request.kind] = UnixReading(
+                UnixReceiver(end, lane.epoch, request.kind),
+                self._require_group().broadcast,
+            )
+
+    def _hand_link(self, lane: LeaderLane, request: stage_pb2.ConnectLinkRequest, end: socket.socket) -> None:
+        where = pack([lane.epoch, request.kind, request.sender], U64)
+        self._require_group().hand_end(ToWorker.LINK, where, request.peer_address.encode(), end=end)
 
     async def _answers(
         self, answers: list[asyncio.Future[bytes]], timeout_s: float, what: str
@@ -337,10 +386,11 @@ class StageLeader:
             if epoch == lane.epoch:
                 lane.answer(("connect", link, bool(sender)), rank, parts[1].bytes)
         elif kind is ToLeader.BROKEN and int.from_bytes(parts[0].bytes, "little") == lane.epoch:
+            what, blamed = parts[1].bytes.decode(), parts[2].bytes.decode()
             lane.fail(
-                StageLostError(
-                    f"{self._name}: {parts[1].bytes.decode()}", reason="LINK_FAILED", stage=self._name
-                )
+                StageLostError(what, reason="STAGE_LOST", stage=blamed)
+                if blamed
+                else StageLostError(f"{self._name}: {what}", reason="LINK_FAILED", stage=self._name)
             )
         elif kind is ToLeader.WAITING:
             lane.waiting_for = parts[0].bytes.decode()

@@ -53,6 +53,8 @@ class StageService:
         if request.transport == "nccl":
             ids = await self._leader.prepare_nccl(lane, request.kind, PREPARE_TIMEOUT_S)
             return stage_pb2.PrepareLinkResponse(nccl_unique_ids=ids)
+        if request.transport == "unix":
+            return stage_pb2.PrepareLinkResponse(unix_path=self._leader.prepare_unix(lane, request.kind))
         lane.expected[request.kind] = asyncio.Event()
         return stage_pb2.PrepareLinkResponse()
 
@@ -65,7 +67,9 @@ class StageService:
         if request.transport == "nccl":
             await self._leader.connect_nccl(lane, request, timeout_s)
             if lane.stats and request.sender:
-                lane.stats.send_from_device(request.kind, request.transport)
+                lane.stats.send_from_worker(request.kind, request.transport)
+        elif request.transport == "unix":
+            await self._leader.connect_unix(lane, request, timeout_s)
         elif request.sender:
             on_sent = lane.stats.sent if lane.stats else None
             sender = LinkSender(lane.epoch, request.kind, request.peer_address, lane.fail, on_sent)
@@ -111,7 +115,7 @@ class StageService:
             reader.cancel()
             # Without its router the lane is over; its links close so that the neighbours see it too.
             lane.fail(StageLostError("the router closed the lane", reason="STAGE_LOST"))
-            await lane.close()
+            await self._leader.close_lane(lane)
 
     async def Transfer(self, requests: AsyncIterator[bytes], context: Context) -> None:
         received = acknowledged = 0

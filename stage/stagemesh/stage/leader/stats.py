@@ -40,7 +40,7 @@ class StageStats:
         """By gRPC status code."""
         self.groups_started = 0
         self._phases: dict[int, str] = {}
-        self._device_link: tuple[int, str] | None = None
+        self._worker_link: tuple[int, str] | None = None
         self._sampled: dict[int, int] = {}
         """Rows that a step samples: those that a later one may repeat."""
         self._gathered: list[tuple[list[str], Timings]] = []
@@ -51,11 +51,11 @@ class StageStats:
         self.lanes_opened += 1
         self._phases.clear()
         self._sampled.clear()
-        self._device_link = None
+        self._worker_link = None
 
-    def send_from_device(self, kind: int, transport: str) -> None:
+    def send_from_worker(self, kind: int, transport: str) -> None:
         """The workers send on that link themselves: what it carries is in their timings."""
-        self._device_link = (kind, transport)
+        self._worker_link = (kind, transport)
 
     def take_steps(self, steps: Iterable[stage_pb2.Step]) -> None:
         """Steps that came."""
@@ -85,8 +85,8 @@ class StageStats:
             return
         table = timing_table(timings for _, timings in gathered)
         seconds = table[:, PART_COLUMNS] / 1e9
-        if self._device_link:
-            kind, transport = self._device_link
+        if self._worker_link:
+            kind, transport = self._worker_link
             self.link_bytes[LINKS[kind], transport] += int(table[:, SENT_BYTES].sum())
             self._link_series(kind, transport).add_all(seconds[:, PARTS.index(Span.SEND)])
         phases = np.array([phase for some, _ in gathered for phase in some])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -88,6 +89,15 @@ class WorkerGroup:
             raise StartupError(f"the stage's workers did not start: {self.lost.result()}")
         self._ready.result()
         self._watchers.append(asyncio.create_task(self._ping_workers()))
+
+    @property
+    def folder(self) -> Path:
+        """Of this user alone; it goes with the group."""
+        return Path(self._folder.name)
+
+    def hand_end(self, kind: ToWorker, *parts: bytes, end: socket.socket) -> None:
+        """Send rank 0 a message with a socket, which is closed here."""
+        self._queues[0].send_multipart([kind, *parts], end)
 
     def broadcast(self, kind: ToWorker, *parts: bytes | memoryview) -> None:
         """Send one message to every rank; all get the same ones in the same order."""

@@ -51,6 +51,8 @@ class WorkerLane:
     pending: deque[PendingStep] = field(default_factory=deque)
     head: Batch | None = None
     next_number: int = 1
+    ended: str = ""
+    """The link that brings its inputs has ended, for people."""
     _hidden: dict[int, memoryview] = field(default_factory=dict)
     _arrivals: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """Monotonic ns at which the tensor of (kind, step) began to come, and at which it was complete."""
@@ -94,6 +96,11 @@ class WorkerLane:
             del self._assemblies[key]
             self._complete(frame.kind, frame.step, memoryview(assembly.data))
 
+    def take_tensor(self, kind: int, step: int, data: memoryview, first_ns: int, last_ns: int) -> None:
+        """Keep a whole tensor that a unix link brought."""
+        self._arrivals[kind, step] = (first_ns, last_ns)
+        self._complete(kind, step, data)
+
     def take_tokens(self, number: int, tokens: np.ndarray) -> None:
         """The tokens step `number` sampled, in order of steps."""
         self.slots.deliver(number, tokens)
@@ -113,11 +120,16 @@ class WorkerLane:
             return (
                 ""
                 if self.linked_hidden or number in self._hidden
-                else f"activations of step {number} from stage {self.request.stage_index - 1}"
+                else self._waits(f"activations of step {number} from stage {self.request.stage_index - 1}")
             )
         if not self.held_tokens and self.head.newest_input > self._ring_step:
-            return f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
+            return self._waits(
+                f"tokens of step {self.head.newest_input} from stage {self.request.num_stages - 1}"
+            )
         return ""
+
+    def _waits(self, what: str) -> str:
+        return f"{what}, but {self.ended}" if self.ended else what
 
     def arrived_ns(self) -> tuple[int, int]:
         """When the head and the first of what it needs were there, and when all of it was."""

@@ -21,7 +21,9 @@ from stagemesh.stage.engine.interface import Engine, StepInputs
 from stagemesh.stage.engine.slots import SlotTable
 from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
 from stagemesh.stage.local_socket import Inbox, Outbox, Part
+from stagemesh.stage.unix_link import link_name, unpack_times
 from stagemesh.stage.worker.lane import WorkerLane
+from stagemesh.stage.worker.links import LinkEnds
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
 from stagemesh.stage.worker.watchdog import Watchdog
 from stagemesh.v1 import stage_pb2
@@ -84,6 +86,7 @@ class Worker:
         self._timings: list[bytes] = []
         self._timings_said_ns = 0
         self._watchdog = Watchdog(self._results, engine.links, step_timeout_s, self._break)
+        self._links = LinkEnds(inbox, step_timeout_s, self._lose_link)
 
     def serve(self) -> None:
         """Run until the leader says stop."""
@@ -107,12 +110,18 @@ class Worker:
                 self._handle(ToWorker(kind.bytes), parts)
                 self._run_ready()
             except StageLostError as error:
-                self._break(str(error))
+                self._break(str(error), error.stage)
             except StagemeshError as error:
                 self._refuse(error)
 
     def _handle(self, kind: ToWorker, parts: list[Part]) -> None:
-        if kind is ToWorker.STEPS:
+        if kind is ToWorker.TENSOR:
+            header = TensorHeader.unpack(parts[1].buffer)
+            if self._lane and header.epoch == self._lane.request.epoch:
+                self._lane.take_tensor(
+                    header.kind, header.step, parts[2].buffer, *unpack_times(parts[0].buffer)
+                )
+        elif kind is ToWorker.STEPS:
             self._take_steps(int.from_bytes(parts[0].bytes, "little"), parts[1].bytes)
         elif kind is ToWorker.FRAME:
             part = frame.decode(parts[1].buffer)
@@ -125,6 +134,15 @@ class Worker:
         elif kind is ToWorker.CONNECT:
             request = stage_pb2.ConnectLinkRequest.FromString(parts[0].bytes)
             threading.Thread(target=self._connect, args=(request,), name="connect", daemon=True).start()
+        elif kind is ToWorker.LINK:
+            self._links.take(self._inbox.take_end(), parts)
+        elif kind is ToWorker.ENDED:
+            epoch, link = unpack(parts[0].bytes, U64, "ended", 2).tolist()
+            self._links.ended(epoch, link)
+            if self._lane and self._lane.request.epoch == epoch:
+                self._lane.ended = f"the {link_name(link)} link to this stage has ended"
+        elif kind is ToWorker.CLOSE:
+            self._links.close_senders(int.from_bytes(parts[0].bytes, "little"))
         elif kind is ToWorker.PING:
             self._say(ToLeader.PONG, pack([self._rank], U64) + parts[0].bytes)
 
@@ -137,6 +155,7 @@ class Worker:
         )
         # In this order: a result that completes from here on finds that its lane is not the worker's any more.
         self._lane = None
+        self._links.close()
         self._engine.open(request)
         with self._timing:
             self._timings.clear()
@@ -164,14 +183,20 @@ class Worker:
         where = pack([self._rank, request.epoch, request.kind, request.sender], U64)
         self._say(ToLeader.CONNECTED, where, problem.encode())
 
-    def _break(self, what: str) -> None:
+    def _break(self, what: str, blamed: str = "") -> None:
         """A link failed, or a step hangs in one: the lane is over (rule 8)."""
         lane, self._lane = self._lane, None
         if lane is None:
             return
         log.error("%s", what)
         self._engine.links.abort()
-        self._say(ToLeader.BROKEN, pack([lane.request.epoch], U64), what.encode())
+        self._links.close_senders(lane.request.epoch)
+        self._say(ToLeader.BROKEN, pack([lane.request.epoch], U64), what.encode(), blamed.encode())
+
+    def _lose_link(self, epoch: int, what: str, peer: str) -> None:
+        """A unix link ended; that of an older epoch is of no concern any more."""
+        if self._lane and self._lane.request.epoch == epoch:
+            self._break(what, peer)
 
     def _take_steps(self, arrival_ns: int, data: bytes) -> None:
         for step in stage_pb2.ExecuteRequest.FromString(data).steps:
@@ -263,6 +288,8 @@ class Worker:
         return sent
 
     def _send_tensor(self, lane: WorkerLane, kind: int, number: int, data: memoryview) -> int:
+        if self._links.send(lane.request.epoch, kind, number, data):
+            return len(data)
         header = TensorHeader(lane.request.epoch, kind, number)
         self._say(ToLeader.TENSOR, header.pack(), data)
         return len(data)
