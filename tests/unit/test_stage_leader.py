@@ -29,7 +29,7 @@ async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_en
     health: Any = SimpleNamespace(set=say_health)
     nothing: Any = None
     leader = StageLeader(nothing, nothing, "stage 1", health, "0")
-    lane: Any = SimpleNamespace(fail=happened.append)
+    lane: Any = SimpleNamespace(fail=happened.append, close_receivers=lambda: None)
     leader._lane = lane
     group: Any = SimpleNamespace(lost=asyncio.get_running_loop().create_future(), facts=[], stop=stop)
     serving = asyncio.create_task(leader._serve_with(group))
