@@ -42,11 +42,16 @@ def check_sixteen(mesh: RunningMesh, reference: LlamaForCausalLM, *, batched: bo
     assert (most > 1) == batched, f"{most} rows a step at most"
 
 
-@pytest.mark.parametrize("tps", [(3, 3), (1, 1, 1, 1, 1)], ids=["2 TP 3", "5"])
-def test_layouts(tps: tuple[int, ...], small: Path, reference: LlamaForCausalLM, tmp_path: Path) -> None:
-    mesh = RunningMesh(tmp_path, small, tps)
+@pytest.mark.parametrize(
+    ("tps", "transport"), [((3, 3), "unix"), ((1, 1, 1, 1, 1), "grpc")], ids=["2 TP 3", "5"]
+)
+def test_layouts(
+    tps: tuple[int, ...], transport: str, small: Path, reference: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    mesh = RunningMesh(tmp_path, small, tps, router_flags=("--link-transport", transport))
     try:
-        mesh.wait_ready()
+        stages = mesh.wait_ready().stages
+        assert {stage.link_transport for stage in stages} == {transport}
         check_sixteen(mesh, reference)
     finally:
         mesh.close()

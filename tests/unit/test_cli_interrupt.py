@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from stagemesh.client.cli._interrupt import ctrl_c_calls
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """What Ctrl-C does in a terminal; to a process started in the background it does nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:
