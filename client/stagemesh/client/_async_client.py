@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import grpc
 
@@ -13,6 +12,7 @@ from stagemesh.client._async_stream import AsyncTokenStream
 from stagemesh.client._base_client import BaseClient
 from stagemesh.client._channel import CHANNEL_OPTIONS, Metadata, call_error
 from stagemesh.client._chunks import to_completion, to_model_info
+from stagemesh.client._closing import AsyncClosing
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._many import Many
 from stagemesh.client._many_stream import AsyncManyStream
@@ -31,7 +31,7 @@ from stagemesh.client._types import Completion, ModelInfo
 from stagemesh.v1 import inference_pb2 as pb
 
 
-class AsyncClient(BaseClient[AsyncTokenStream, AsyncManyStream]):
+class AsyncClient(AsyncClosing, BaseClient[AsyncTokenStream, AsyncManyStream]):
     """A connection to a mesh, for asyncio; tasks may share it. Close it, or use it in an async with-block.
 
     A request that is made while others run joins them in one session, which costs the router less.
@@ -97,14 +97,6 @@ class AsyncClient(BaseClient[AsyncTokenStream, AsyncManyStream]):
             self._closed = True
         if self._channel is not None:
             await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def _stream(self, exchange: Exchange, metadata: Metadata) -> AsyncTokenStream:
         return AsyncTokenStream(exchange, self._starter(metadata))

@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 
 from stagemesh.client._channel import call_error
-from stagemesh.client._closing import AsyncClosing
+from stagemesh.client._closing import AsyncClosingStream
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import CancelledError, StagemeshError
@@ -17,10 +17,10 @@ from stagemesh.wire.errors import CancelledError, StagemeshError
 END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
 
 
-class AsyncTokenStream(AsyncClosing, AsyncIterator[Chunk]):
+class AsyncTokenStream(AsyncClosingStream, AsyncIterator[Chunk]):
     """The chunks of one request, as they come.
 
-    Iterate over it; use it as an async context manager to be sure that it ends. Closing it, leaving the
+    Iterate over it; use it as an async context manager to be sure that it ends. ClosingStream it, leaving the
     async with-block, dropping the last reference to it or cancelling the task that waits on it cancels the
     request, and the router frees what it held.
 

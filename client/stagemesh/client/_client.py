@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import grpc
 
 from stagemesh.client._base_client import BaseClient
 from stagemesh.client._channel import CHANNEL_OPTIONS, Metadata, call_error
 from stagemesh.client._chunks import to_completion, to_model_info
+from stagemesh.client._closing import Closing
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._many import Many
 from stagemesh.client._many_stream import ManyStream
@@ -31,7 +31,7 @@ from stagemesh.client._types import Completion, ModelInfo
 from stagemesh.v1 import inference_pb2 as pb
 
 
-class Client(BaseClient[TokenStream, ManyStream]):
+class Client(Closing, BaseClient[TokenStream, ManyStream]):
     """A connection to a mesh, for threads. It may be shared by them; close it, or use it in a with-block.
 
     A request that is made while others run joins them in one session, which costs the router less.
@@ -96,14 +96,6 @@ class Client(BaseClient[TokenStream, ManyStream]):
             self._closed = True
         if self._channel is not None:
             self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _stream(self, exchange: Exchange, metadata: Metadata) -> TokenStream:
         return TokenStream(exchange, self._starter(metadata))

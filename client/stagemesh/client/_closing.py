@@ -1,4 +1,4 @@
-"""How every stream ends: closed, its block left, or forgotten."""
+"""How clients and streams end: closed, their block left; a stream also when it is forgotten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """A blocking stream."""
+    """Something blocking."""
 
     @abstractmethod
     def close(self) -> None:
@@ -23,11 +23,31 @@ class Closing(ABC):
     ) -> None:
         self.close()
 
+
+class ClosingStream(Closing):
+    """Nobody reads any more what is forgotten."""
+
     def __del__(self) -> None:
         self.close()
 
 
 class AsyncClosing(ABC):
+    """The same of asyncio."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Cancel what still runs. Idempotent."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncClosingStream(AsyncClosing):
     """A stream of asyncio."""
 
     @abstractmethod
@@ -37,14 +57,6 @@ class AsyncClosing(ABC):
     async def close(self) -> None:
         """Cancel what still runs. Idempotent."""
         self.close_soon()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def __del__(self) -> None:
         # The event loop may be closed by now, and the call with it.

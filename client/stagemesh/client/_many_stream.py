@@ -15,7 +15,7 @@ import grpc
 
 from stagemesh.client._async_stream import END
 from stagemesh.client._channel import call_error
-from stagemesh.client._closing import AsyncClosing, Closing
+from stagemesh.client._closing import AsyncClosingStream, ClosingStream
 from stagemesh.client._many import Many, collect
 from stagemesh.client._types import Chunk, Completion
 from stagemesh.v1 import inference_pb2 as pb
@@ -122,14 +122,14 @@ class _Session(ABC):
             self._drop_call()
 
 
-class ManyStream(_Session, Closing, Iterator[tuple[int, Chunk]]):
+class ManyStream(_Session, ClosingStream, Iterator[tuple[int, Chunk]]):
     """The (index, chunk) of many requests, as they come; index is the place of the prompt.
 
     The chunks of one request come in order; those of different requests as the mesh makes them. A request
     that fails ends with a chunk whose `error` is set, and the others go on. Reading slowly makes the
     router merge what waits: fewer, larger chunks.
 
-    Closing it, leaving the with-block or dropping the last reference to it cancels what still runs. One
+    ClosingStream it, leaving the with-block or dropping the last reference to it cancels what still runs. One
     thread reads; `close` and `cancel` may be called from another.
     """
 
@@ -173,7 +173,7 @@ class ManyStream(_Session, Closing, Iterator[tuple[int, Chunk]]):
         return outgoing, iter(outgoing.get, None)
 
 
-class AsyncManyStream(_Session, AsyncClosing, AsyncIterator[tuple[int, Chunk]]):
+class AsyncManyStream(_Session, AsyncClosingStream, AsyncIterator[tuple[int, Chunk]]):
     """`ManyStream` for asyncio; cancelling the task that reads it cancels the requests too."""
 
     _closed: asyncio.Event

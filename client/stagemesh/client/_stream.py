@@ -9,16 +9,16 @@ from typing import Any, Self
 import grpc
 
 from stagemesh.client._channel import call_error
-from stagemesh.client._closing import Closing
+from stagemesh.client._closing import ClosingStream
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._types import Chunk
 from stagemesh.wire.errors import StagemeshError
 
 
-class TokenStream(Closing, Iterator[Chunk]):
+class TokenStream(ClosingStream, Iterator[Chunk]):
     """The chunks of one request, as they come.
 
-    Iterate over it; use it as a context manager to be sure that it ends. Closing it, leaving the with-block
+    Iterate over it; use it as a context manager to be sure that it ends. ClosingStream it, leaving the with-block
     or dropping the last reference to it cancels the request, and the router frees what it held.
 
     Every error it raises is a StagemeshError with the request's id.

@@ -19,15 +19,9 @@ from collections.abc import Callable, Sequence
 
 from stagemesh.stage.local_queue import TensorHeader, ToWorker
 from stagemesh.stage.local_socket import Buffer, MessageReader, Part, after, encode
-from stagemesh.v1 import stage_pb2
 
 TRANSPORT = "unix"
 _TIMES = struct.Struct("<QQ")
-
-
-def link_name(kind: int) -> str:
-    """As errors call it: activations, ring."""
-    return stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
 
 
 class UnixSender:

@@ -21,38 +21,42 @@ log = logging.getLogger(__name__)
 RPC_TIMEOUT_S = 10.0
 Answer = TypeVar("Answer")
 AUTO = "auto"
+TRANSPORTS = ("nccl", "unix", "grpc")
+"""Best first."""
 
 
 def choose_transport(sender: StageLink, receiver: StageLink, wanted: str = AUTO) -> tuple[str, str]:
     """The best transport both ends have, or the wanted one, and why it is no better one."""
+    reasons: list[str] = []
+    for transport in TRANSPORTS:
+        if wanted not in (AUTO, transport):
+            continue
+        against = _against(transport, sender, receiver)
+        if against is None:
+            chosen = "; ".join(reasons) or "best on both ends"
+            return transport, chosen if wanted == AUTO else f"--link-transport {wanted}"
+        reasons += against
     ours, theirs = list(sender.description.transports), list(receiver.description.transports)
-    reasons = [
-        f"no {transport} on {end.name}"
-        for transport in ("nccl", "unix")
-        for end in (sender, receiver)
-        if transport not in end.description.transports
-        and (transport == "nccl" or {*ours, *theirs} & {"unix"})
-    ]
-    for transport in ours:
-        if transport not in theirs or wanted not in (AUTO, transport):
-            continue
-        if transport == "nccl" and (shared := _gpus_of(sender) & _gpus_of(receiver)):
-            reasons.append(f"both ends compute on GPU {min(shared)}, and NCCL joins no GPU to itself")
-            continue
-        if transport == "unix" and sender.description.host_id != receiver.description.host_id:
-            reasons.append("unix is for one host, and these are two")
-            continue
-        if wanted == transport:
-            return transport, f"--link-transport {wanted}"
-        if transport == "unix":  # reasons against it are none against grpc, and the other way round
-            reasons = [reason for reason in reasons if "unix" not in reason]
-        return transport, "; ".join(reasons) or "best on both ends"
     raise ChainError(
         f"{sender.name} offers {ours}, {receiver.name} {theirs}: no transport in common"
         + (f" that is {wanted}, as --link-transport wants: {'; '.join(reasons)}" if wanted != AUTO else ""),
         reason="CHAIN_REFUSED",
         stage=receiver.name,
     )
+
+
+def _against(transport: str, sender: StageLink, receiver: StageLink) -> list[str] | None:
+    """Why the two cannot use it; None if they can."""
+    ends = (sender, receiver)
+    missing = [f"no {transport} on {end.name}" for end in ends if transport not in end.description.transports]
+    if missing:
+        # Stages with GPUs have no unix links: where neither end has them, that explains nothing.
+        return [] if transport == "unix" and len(missing) == len(ends) else missing
+    if transport == "nccl" and (shared := _gpus_of(sender) & _gpus_of(receiver)):
+        return [f"both ends compute on GPU {min(shared)}, and NCCL joins no GPU to itself"]
+    if transport == "unix" and sender.description.host_id != receiver.description.host_id:
+        return ["unix is for one host, and these are two"]
+    return None
 
 
 def _gpus_of(stage: StageLink) -> set[str]:

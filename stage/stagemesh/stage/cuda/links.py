@@ -22,6 +22,7 @@ import torch
 from stagemesh.stage.cuda.device import Device, Event, Stream
 from stagemesh.stage.engine.batch import Batch
 from stagemesh.stage.engine.interface import NoLinks
+from stagemesh.stage.link_name import link_name
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import StageLostError
 
@@ -257,8 +258,7 @@ class NcclLinks(DeviceLinks):
             try:
                 link.check()
             except Exception as error:  # noqa: BLE001 - cupy knows not every status of NCCL by name
-                name = stage_pb2.LinkKind.Name(kind).removeprefix("LINK_KIND_").lower()
-                return f"the {name} link failed: {error!r}"
+                return f"the {link_name(kind)} link failed: {error!r}"
         return ""
 
     def send_buffer(self, index: int, count: int) -> torch.Tensor:

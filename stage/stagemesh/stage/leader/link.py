@@ -15,6 +15,7 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
+from stagemesh.stage.link_name import link_name
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire import frame
 from stagemesh.wire.errors import StageLostError
@@ -135,7 +136,8 @@ class LinkSender:
         self._on_broken(error)
 
     def _lost(self, how: str) -> StageLostError:
-        name = stage_pb2.LinkKind.Name(self._kind).removeprefix("LINK_KIND_").lower()
         return StageLostError(
-            f"the {name} link to {self._address} broke: {how}", reason="STAGE_LOST", stage=self._address
+            f"the {link_name(self._kind)} link to {self._address} broke: {how}",
+            reason="STAGE_LOST",
+            stage=self._address,
         )

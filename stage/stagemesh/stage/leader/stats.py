@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from stagemesh.stage.leader.step_spans import PART_COLUMNS, SENT_BYTES, timing_table
+from stagemesh.stage.link_name import link_name
 from stagemesh.stage.local_queue import Timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.telemetry.histogram import BulkHistogram, Series
@@ -17,7 +18,6 @@ AT_ONCE = 256
 """Messages of timings that gather before they are sorted into buckets."""
 STEPS_REMEMBERED = 512
 """Steps back that a step may repeat the rows of: more than a router keeps."""
-LINKS: dict[int, str] = {stage_pb2.LINK_KIND_ACTIVATIONS: "activations", stage_pb2.LINK_KIND_RING: "ring"}
 
 
 class StageStats:
@@ -75,7 +75,7 @@ class StageStats:
 
     def sent(self, kind: int, transport: str, num_bytes: int, seconds: float) -> None:
         """A tensor went over a link."""
-        self.link_bytes[LINKS[kind], transport] += num_bytes
+        self.link_bytes[link_name(kind), transport] += num_bytes
         self._link_series(kind, transport).add(seconds)
 
     def settle(self) -> None:
@@ -87,7 +87,7 @@ class StageStats:
         seconds = table[:, PART_COLUMNS] / 1e9
         if self._worker_link:
             kind, transport = self._worker_link
-            self.link_bytes[LINKS[kind], transport] += int(table[:, SENT_BYTES].sum())
+            self.link_bytes[link_name(kind), transport] += int(table[:, SENT_BYTES].sum())
             self._link_series(kind, transport).add_all(seconds[:, PARTS.index(Span.SEND)])
         phases = np.array([phase for some, _ in gathered for phase in some])
         for phase in np.unique(phases).tolist():
@@ -96,7 +96,11 @@ class StageStats:
                 series.add_all(mine[:, index])
 
     def _link_series(self, kind: int, transport: str) -> Series:
-        labels = {Attribute.STAGE: self._stage, Attribute.LINK: LINKS[kind], Attribute.TRANSPORT: transport}
+        labels = {
+            Attribute.STAGE: self._stage,
+            Attribute.LINK: link_name(kind),
+            Attribute.TRANSPORT: transport,
+        }
         return self.link_time.of(**labels)
 
     def _parts(self, phase: str) -> list[Series]:

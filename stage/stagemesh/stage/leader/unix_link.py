@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from stagemesh.stage.link_name import link_name
 from stagemesh.stage.local_queue import ToWorker
-from stagemesh.stage.unix_link import UnixReceiver, link_name
+from stagemesh.stage.unix_link import UnixReceiver
 from stagemesh.wire.columns import U64, pack
 from stagemesh.wire.errors import FailedPreconditionError
 

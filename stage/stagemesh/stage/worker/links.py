@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 
+from stagemesh.stage.link_name import link_name
 from stagemesh.stage.local_socket import Inbox, Part
-from stagemesh.stage.unix_link import UnixReceiver, UnixSender, link_name
+from stagemesh.stage.unix_link import UnixReceiver, UnixSender
 from stagemesh.wire.columns import U64, unpack
 
 

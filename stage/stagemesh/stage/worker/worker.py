@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from stagemesh.stage.engine.interface import Engine, StepInputs
 from stagemesh.stage.engine.slots import SlotTable
+from stagemesh.stage.link_name import link_name
 from stagemesh.stage.local_queue import StepTiming, TensorHeader, ToLeader, ToWorker
 from stagemesh.stage.local_socket import Inbox, Outbox, Part
-from stagemesh.stage.unix_link import link_name, unpack_times
+from stagemesh.stage.unix_link import unpack_times
 from stagemesh.stage.worker.lane import WorkerLane
 from stagemesh.stage.worker.links import LinkEnds
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
