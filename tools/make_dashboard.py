@@ -184,7 +184,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                     (now(R.STAGE_BUBBLE, BY_STAGE), f"stage {{{{{BY_STAGE}}}}} bubble"),
                 ],
                 unit="percentunit",
-                description="Bubble: the share of step time in which a stage waited for its neighbour.",
+                description="Bubble: of the time with a step in flight, the part in which a stage had nothing to do.",
             ),
             Panel(
                 title="Positions computed a second",

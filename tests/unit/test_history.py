@@ -14,6 +14,7 @@ from scheduled_lane import make_request
 from stagemesh.router.api import history
 from stagemesh.router.api.history import REQUESTS_KEPT, RequestHistory
 from stagemesh.router.api.live_request import LiveRequest
+from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Finish
 from stagemesh.router.scheduler.sequence import Sequence
 
@@ -31,7 +32,7 @@ def make_live(name: str) -> LiveRequest:
 
 async def test_a_trace_is_the_same_before_and_after_it_settles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "SETTLE_S", 0.01)
-    kept = RequestHistory([])
+    kept = RequestHistory([], StepRecords())
     live = make_live("a")
     kept.add(live)
     kept.end(live)
@@ -54,7 +55,7 @@ async def test_a_trace_is_the_same_before_and_after_it_settles(monkeypatch: pyte
 async def test_ended_requests_are_kept_to_a_number_however_fast_they_end() -> None:
     gc.collect()
     before = sum(type(one) is LiveRequest for one in gc.get_objects())
-    kept = RequestHistory([])
+    kept = RequestHistory([], StepRecords())
     for number in range(3 * REQUESTS_KEPT):
         live = make_live(f"r{number}")
         kept.add(live)
@@ -66,7 +67,7 @@ async def test_ended_requests_are_kept_to_a_number_however_fast_they_end() -> No
 
 
 async def test_an_id_that_is_used_again_has_the_trace_of_its_last_request() -> None:
-    kept = RequestHistory([])
+    kept = RequestHistory([], StepRecords())
     first, second = make_live("a"), make_live("a")
     assert second.sequence is not None
     second.finish, second.sequence.chunks = None, []

@@ -50,7 +50,7 @@ class RouterMetrics:
         )
         observe(
             RouterMetric.STAGE_BUBBLE,
-            lambda: _by_stage(stage.timings.bubble_share() for stage in lane.stages),
+            lambda: _by_stage(lane.records.recent_bubble_share(stage.timings) for stage in lane.stages),
         )
         observe_one(RouterMetric.SPANS_DROPPED, num_dropped)
 

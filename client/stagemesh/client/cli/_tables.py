@@ -64,6 +64,7 @@ def stage_table(lane: pb.LaneStatus) -> Table:
         "blocks",
         "link",
         "busy",
+        "bubble",
         "state",
     ):
         table.add_column(header, overflow="fold")
@@ -80,6 +81,7 @@ def stage_table(lane: pb.LaneStatus) -> Table:
             str(about.num_blocks) if described else "-",
             stage.link_transport + (f" ({stage.link_reason})" if stage.link_reason else "") or "-",
             f"{stage.busy_share:.0%}" if described else "-",
+            f"{stage.bubble_share:.0%}" if described else "-",
             stage.state + (f": {stage.detail}" if stage.detail else ""),
         )
     return table

@@ -54,16 +54,9 @@ def _table(trace: pb.GetRequestTraceResponse) -> Table:
                     f"{phase.busy_p50_ms:.2f}",
                     f"{phase.busy_p99_ms:.2f}",
                     f"{phase.receive_ms + phase.send_ms:.1f}",
-                    f"{bubble_share(phase):.0%}",
+                    f"{phase.bubble_share:.0%}",
                 )
     return table
-
-
-def bubble_share(phase: pb.PhaseTrace) -> float:
-    """Of the time a stage had a step of the request at hand, the share in which it waited for a neighbour."""
-    _, wait, *busy = _times(phase)
-    whole = wait + sum(busy)
-    return wait / whole if whole else 0.0
 
 
 def _times(phase: pb.PhaseTrace) -> tuple[float, ...]:

@@ -113,6 +113,7 @@ class PlanView:
             "step_ms": [round(one * 1e3, 4) for one in proposal.times_s],
             "slowest_ms": round(proposal.slowest_s * 1e3, 4),
             "efficiency": round(proposal.efficiency, 4),
+            "bubble_share": [round(one, 4) for one in _bubbles(proposal)],
             "present_split": list(self.present.split) if self.present else None,
             "present_step_ms": [round(one * 1e3, 4) for one in self.present.times_s]
             if self.present
@@ -131,17 +132,30 @@ class PlanView:
         from stagemesh.client.cli._tables import make_console
 
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for header in ("stage", "layers", "step ms", "now: layers", "step ms", "weights", "KV blocks"):
+        for header in (
+            "stage",
+            "layers",
+            "step ms",
+            "bubble",
+            "now: layers",
+            "step ms",
+            "bubble",
+            "weights",
+            "KV blocks",
+        ):
             table.add_column(header, justify="right")
         begin = 0
+        bubbles, bubbles_now = _bubbles(self.proposal), _bubbles(self.present) if self.present else ()
         for index, count in enumerate(self.proposal.split):
             now = self.present
             table.add_row(
                 str(index),
                 f"{begin}:{begin + count} ({count})",
                 f"{self.proposal.times_s[index] * 1e3:.3f}",
+                f"{bubbles[index]:.0%}",
                 str(now.split[index]) if now and index < len(now.split) else "-",
                 f"{now.times_s[index] * 1e3:.3f}" if now and index < len(now.split) else "-",
+                f"{bubbles_now[index]:.0%}" if index < len(bubbles_now) else "-",
                 format_size(self.weight_bytes[index]) if self.weight_bytes else "-",
                 f"{self.kv_blocks[index]:,}" if self.kv_blocks else "-",
             )
@@ -150,6 +164,13 @@ class PlanView:
         console.print(table)
         for note in self.notes:
             console.print(note)
+
+
+def _bubbles(proposal: Proposal) -> tuple[float, ...]:
+    """Of each stage in a full pipeline, where the slowest one has no pause; hops are not in it."""
+    from stagemesh.router.bubble import bubble_share
+
+    return tuple(bubble_share(one, proposal.slowest_s) for one in proposal.times_s)
 
 
 def _of_mesh(address: str, num_stages: int | None) -> PlanView:

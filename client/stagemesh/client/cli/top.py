@@ -25,8 +25,8 @@ def _top(
         int, typer.Option("--count", min=0, help="Looks after which to end; 0: until Ctrl-C.")
     ] = 0,
 ) -> None:
-    """Utilization is the share of the last ten seconds a stage computed; bubble, the share of the time with steps
-    in flight in which it had nothing to do. ◀ marks the slowest stage."""
+    """Utilization is the share of the last ten seconds a stage computed; bubble, the part of the time with a
+    step in flight in which it had nothing to do. ◀ marks the slowest stage."""
     from rich.live import Live
 
     console = make_console()

@@ -26,7 +26,8 @@ def _trace(
     as_json: shared.JsonOption = False,
 ) -> None:
     """Milliseconds are sums over the steps the request took part in; prefill and decode apart. A step of p50 and p99
-    is receive, compute and send; transfer is receive and send; bubble, the share of wait in wait and step."""
+    is receive, compute and send; transfer is receive and send; bubble, the part of the time with a step in flight
+    in which the stage had nothing to do."""
     show_trace(admin, request_id, as_json)
 
 

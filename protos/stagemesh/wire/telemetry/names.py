@@ -224,11 +224,13 @@ class RouterMetric:
     LANE_READY = _gauge("stagemesh.lane.ready", "1 while the lane takes requests.", "{lane}")
     LANE_FORMED = _counter("stagemesh.lane.formed", "Times the lane was formed: 1 and its restarts.")
     STAGE_BUSY = _gauge(
-        "stagemesh.stage.busy", "Share of the last ten seconds a stage worked (stagemesh_stage).", "1"
+        "stagemesh.stage.busy",
+        "Share of the last ten seconds in which a stage computed (stagemesh_stage).",
+        "1",
     )
     STAGE_BUBBLE = _gauge(
         "stagemesh.stage.bubble",
-        "Share of the last ten seconds' step time in which a stage waited for its neighbour (stagemesh_stage).",
+        "Part of the last ten seconds' time with a step in flight in which a stage had nothing to do (stagemesh_stage).",
         "1",
     )
     SPANS_DROPPED = _counter(

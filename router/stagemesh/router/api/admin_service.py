@@ -138,8 +138,6 @@ def _lane_status(lane: Lane, draining: bool) -> admin_pb2.LaneStatus:
         status.num_preemptions = scheduler.num_preemptions
         for stage, step_s in zip(status.stages, state.step_s, strict=False):
             stage.step_ms = step_s * 1e3
-        for stage, share in zip(status.stages, state.bubble_shares, strict=True):
-            stage.bubble_share = share
     return status
 
 
@@ -164,7 +162,7 @@ def _stage_status(lane: Lane, stage: StageLink) -> admin_pb2.StageStatus:
         status.mean_compute_ms = float(times_ms[:, COLUMNS.index("compute")].mean())
         busy = np.percentile(times_ms[:, BUSY].sum(axis=1), (50, 99))
         status.busy_p50_ms, status.busy_p99_ms = busy.tolist()
-    status.wait_share = stage.timings.bubble_share()
+    status.bubble_share = lane.records.recent_bubble_share(stage.timings)
     status.clock_offset_ns = stage.clock.offset_ns
     status.clock_error_ns = stage.clock.error_ns or 0
     status.busy_share = stage.timings.busy_share()

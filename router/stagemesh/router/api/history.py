@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.tracing.tracing import RouterTracing
@@ -31,11 +32,15 @@ class RequestHistory:
 
     Args:
         stages: Of the lane; their timings are read when a trace is made.
+        records: Of the lane's steps.
         tracing: Gets the sampled ones when they have ended.
     """
 
-    def __init__(self, stages: Seq[StageLink], tracing: RouterTracing | None = None) -> None:
+    def __init__(
+        self, stages: Seq[StageLink], records: StepRecords, tracing: RouterTracing | None = None
+    ) -> None:
         self._stages = stages
+        self._records = records
         self._tracing = tracing
         self._kept: OrderedDict[str, LiveRequest | bytes] = OrderedDict()
         """Of a settled one, its trace serialized: many small objects that stay would hold the memory of those
@@ -129,11 +134,18 @@ class RequestHistory:
         return [
             admin_pb2.StageTrace(
                 stage_index=stage.index,
-                prefill=_phase(stage.timings.of(prefill)),
-                decode=_phase(stage.timings.of(decode)),
+                prefill=self._phase(stage, prefill),
+                decode=self._phase(stage, decode),
             )
             for stage in self._stages
         ]
+
+    def _phase(self, stage: StageLink, numbers: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:
+        phase = _phase(stage.timings.of(numbers))
+        if phase.num_steps:
+            first, last = int(numbers[0]), int(numbers[-1])
+            phase.bubble_share = self._records.bubble_share(stage.timings, first, last)
+        return phase
 
 
 def _phase(times_ns: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:

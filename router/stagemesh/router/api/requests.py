@@ -57,7 +57,7 @@ class Requests:
             ),
             tracing.steps if tracing else None,
         )
-        self.history = RequestHistory(self.lane.stages, tracing)
+        self.history = RequestHistory(self.lane.stages, self.lane.records, tracing)
         self.draining = False
         self.num_finished = 0
         self.num_failed = 0

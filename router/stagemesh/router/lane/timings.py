@@ -8,13 +8,15 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
+from stagemesh.router.lane.step_sums import StepSums
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, unpack
 
 Int64 = npt.NDArray[np.int64]
 
 STEPS_KEPT = 1 << 15
-BUSY_WINDOW_S = 10.0
+WINDOW_S = 10.0
+"""What is recent."""
 COLUMNS = ("queue", "wait", "receive", "compute", "send")
 """In the order in which they follow each other, from arrival."""
 BUSY = slice(2, 5)
@@ -28,8 +30,10 @@ class StageTimings:
         self._numbers = np.zeros(STEPS_KEPT, np.int64)
         self._arrivals = np.zeros(STEPS_KEPT, np.int64)
         self._columns = np.zeros((STEPS_KEPT, len(COLUMNS)), np.int64)
-        self._window: deque[tuple[float, Int64]] = deque()
-        """(monotonic seconds, sums of COLUMNS) of the reports of the last BUSY_WINDOW_S."""
+        self._window: deque[tuple[float, int]] = deque()
+        """(monotonic seconds, compute nanoseconds) of the reports of the last WINDOW_S."""
+        self.busy_ns = StepSums(STEPS_KEPT)
+        """Of each step, BUSY together."""
 
     def add(self, report: stage_pb2.StageReport) -> tuple[Int64, Int64]:
         """Take a report's columns; returns its step numbers, [n], and their times in nanoseconds, [n, 6]: when
@@ -46,13 +50,15 @@ class StageTimings:
             self._numbers[where] = numbers
             self._arrivals[where] = times_ns[:, 0]
             self._columns[where] = times_ns[:, 1:]
-            self._window.append((time.monotonic(), times_ns[:, 1:].sum(axis=0)))
+            self._window.append((time.monotonic(), int(times_ns[:, 1 + COLUMNS.index("compute")].sum())))
+            self.busy_ns.add(numbers, times_ns[:, 1:][:, BUSY].sum(axis=1))
         return numbers, times_ns
 
     def clear(self) -> None:
         """A new epoch counts from 1 again."""
         self._numbers[:] = 0
         self._window.clear()
+        self.busy_ns.clear()
 
     def has(self, number: int) -> bool:
         """Whether the stage has reported that step; there is no step 0."""
@@ -75,22 +81,8 @@ class StageTimings:
         return self.of(np.arange(max(1, newest - count + 1), newest + 1))
 
     def busy_share(self) -> float:
-        """Share of the last ten seconds in which the stage computed."""
-        return min(1.0, float(self._sums()[COLUMNS.index("compute")]) / 1e9 / BUSY_WINDOW_S)
-
-    def bubble_share(self) -> float:
-        """Of the last ten seconds' time with a step at hand, the share in which the stage waited for another's
-        output. Time without any step is not in it: then the router had no work, which is no bubble."""
-        sums = self._sums()
-        wait, busy = float(sums[COLUMNS.index("wait")]), float(sums[BUSY].sum())
-        return wait / (wait + busy) if wait + busy else 0.0
-
-    def _sums(self) -> Int64:
-        """[5] nanoseconds of COLUMNS in the last ten seconds. Called in the event loop and by a scrape."""
-        oldest = time.monotonic() - BUSY_WINDOW_S
+        """Share of the last ten seconds in which the stage computed. Called in the event loop and by a scrape."""
+        oldest = time.monotonic() - WINDOW_S
         while self._window and self._window[0][0] < oldest:
             self._window.popleft()
-        total = np.zeros(len(COLUMNS), np.int64)
-        for _, sums in tuple(self._window):
-            total += sums
-        return total
+        return min(1.0, sum(compute_ns for _, compute_ns in tuple(self._window)) / 1e9 / WINDOW_S)

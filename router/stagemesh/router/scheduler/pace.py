@@ -39,8 +39,6 @@ class PipelineState:
     """The one whose steps take longest."""
     cycle_s: float
     """Predicted between two tokens of a sequence; 0 while too little is known."""
-    bubble_shares: tuple[float, ...]
-    """[stages] of the time with work in flight, lately: in which the stage had none."""
     ring_s: float
     """Hops once round the stages, without the stages."""
     trip_s: float
@@ -174,7 +172,6 @@ class Pace:
         """For people."""
         known = self.costs.ready
         step_s = self.costs.predict(self._decodes()) if known else np.zeros(0)
-        bubbles = self.times.bubble_shares()
         hops = self.times.hops()
         return PipelineState(
             num_microbatches=self.num_microbatches,
@@ -182,7 +179,6 @@ class Pace:
             step_s=tuple(step_s.tolist()),
             limiting_stage=int(step_s.argmax()) if known else 0,
             cycle_s=cycle_s(step_s, self.num_microbatches, hops, self._limits.lookahead) if known else 0.0,
-            bubble_shares=tuple(bubbles.tolist()),
             ring_s=hops.ring,
             trip_s=hops.trip,
             itl_p95_s=self.budget.p95_s(),

@@ -1,4 +1,4 @@
-"""How the steps of a lane follow each other: how many should be in flight, and what stands idle.
+"""How the steps of a lane follow each other, and how many should be in flight.
 
 Everything is worked out from what the router knows (when it sent a step and got its result) and what stages
 report on their own clocks. Clocks of two hosts are never compared: differences between them cancel once round
@@ -89,7 +89,6 @@ class PipelineTimes:
         self._inputs = np.zeros(STEPS_KEPT, np.int64)
         self._sent_at = np.zeros(STEPS_KEPT)
         self._round_trip = np.zeros(STEPS_KEPT)
-        self._interval = np.zeros(STEPS_KEPT)
         self._known = np.zeros((STEPS_KEPT, num_stages), np.bool_)
         self._begin = np.zeros((STEPS_KEPT, num_stages))
         self._end = np.zeros((STEPS_KEPT, num_stages))
@@ -97,7 +96,6 @@ class PipelineTimes:
         self._before = np.zeros((STEPS_KEPT, num_stages))
         self._newest = 0
         self._recent, self._recent_at = np.zeros(self._shapes.shape[1]), 0
-        self._answered_at = 0.0
 
     def sent(self, number: int, shape: Float64, newest_input: int, now: float) -> None:
         """A step is on its way; it takes tokens of steps up to `newest_input`."""
@@ -107,7 +105,6 @@ class PipelineTimes:
         self._inputs[where] = newest_input
         self._sent_at[where] = now
         self._round_trip[where] = 0.0
-        self._interval[where] = 0.0
         self._known[where] = False
         self._newest = number
 
@@ -116,9 +113,6 @@ class PipelineTimes:
         where = number % STEPS_KEPT
         if self._numbers[where] == number:
             self._round_trip[where] = now - self._sent_at[where]
-            # While nothing is in flight nobody stands idle for want of order.
-            self._interval[where] = now - max(self._answered_at, self._sent_at[where])
-        self._answered_at = now
 
     def reported(self, stage: int, numbers: Int64, times_ns: Int64) -> tuple[Float64, Float64]:
         """Take a stage's report; returns [n, terms] shapes and [n] seconds each took of it, of the steps that are
@@ -170,16 +164,6 @@ class PipelineTimes:
         busy = (end - begin)[whole].sum(axis=1)
         trips = self._round_trip[where][whole] - self._before[where][whole, 0] - busy
         return Hops(max(ring, 0.0), max(float(np.percentile(trips, 20)), 0.0))
-
-    def bubble_shares(self) -> Float64:
-        """[stages] of the last steps: the share of the time with work in flight in which a stage stood idle."""
-        where = self._window()
-        where = where[self._known[where].all(axis=1) & (self._interval[where] > 0)]
-        if not len(where):
-            return np.zeros(self.num_stages)
-        busy = (self._end[where] - self._begin[where]).sum(axis=0)
-        shares: Float64 = np.clip(1.0 - busy / self._interval[where].sum(), 0.0, 1.0)
-        return shares
 
     def recent_shape(self) -> Float64:
         """[terms] of the last steps, on average."""

@@ -35,7 +35,7 @@ class StageResult:
     busy_share: float
     """Of the whole time."""
     bubble_share: float
-    """Of the time with a step in flight: in which the stage computed nothing."""
+    """Over the whole run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagemesh.model.cost import StepShape
+from stagemesh.router.bubble import ActiveTime, bubble_share
 from stagemesh.router.scheduler import Scheduler, Step, StepDeltas
 from stagemesh.router.simulate.limits import lane_limits
 from stagemesh.router.simulate.load import END_TOKEN, draw
@@ -37,6 +38,7 @@ class _Pending:
     """A step whose result is on its way."""
 
     step: Step
+    sent_ns: int
     at_ns: int
     requests: Int64
     """Index of the request of each sampled row."""
@@ -69,8 +71,7 @@ class Simulation:
         """When the newest token of each request reached the router."""
         self._first_ns = np.full(count, -1)
         self._gaps: list[Int64] = []
-        self._active_since = -1
-        self._active_ns = 0
+        self._active = ActiveTime()
         self._num_finished = self._num_refused = self._num_rows = self._num_ignored = self._num_steps = 0
         self._num_output = 0
 
@@ -107,12 +108,6 @@ class Simulation:
     def _pump(self, now: int) -> None:
         while step := self.scheduler.next_step(now / 1e9):
             self._launch(step, now)
-        if self._in_flight:
-            if self._active_since < 0:
-                self._active_since = now
-        elif self._active_since >= 0:
-            self._active_ns += now - self._active_since
-            self._active_since = -1
 
     def _launch(self, step: Step, now: int) -> None:
         """Send a step: everything that will happen to it is known at once."""
@@ -134,10 +129,11 @@ class Simulation:
         self._num_rows += rows
         self._unreported.append((step.number, times))
         sampled = self._request_of[step.slots if step.sample.all() else step.slots[step.sample]]
-        self._in_flight.append(_Pending(step, int(times.ends[-1]) + self._spec.router.result, sampled))
+        self._in_flight.append(_Pending(step, now, int(times.ends[-1]) + self._spec.router.result, sampled))
 
     def _take_result(self, pending: _Pending, now: int) -> None:
         requests = pending.requests
+        self._active.answered(pending.sent_ns, now)
         token_ids = np.ones(len(requests), np.uint32)
         self._num_sampled[requests] += 1
         if self._spec.load.stops:
@@ -186,7 +182,6 @@ class Simulation:
         started = self._first_ns >= 0
         # Both ways: the client's clock starts when it sends.
         ttft = (self._first_ns - requests.arrivals_ns)[started] + self._spec.router.client
-        active = max(1, self._active_ns)
         busy = self.pipeline.busy_ns
         split = self._spec.split or (0,) * len(busy)
         seconds = max(end_ns, 1) / 1e9
@@ -212,7 +207,9 @@ class Simulation:
             limiting_stage=int(busy.argmax()),
             stages=tuple(
                 StageResult(
-                    layers=layers, busy_share=float(one / end_ns), bubble_share=float(1 - one / active)
+                    layers=layers,
+                    busy_share=float(one / end_ns),
+                    bubble_share=bubble_share(float(one), self._active.total_ns),
                 )
                 for layers, one in zip(split, busy, strict=True)
             ),
