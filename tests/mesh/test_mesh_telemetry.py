@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from otlp_receiver import ReceivedSpan, Spans, otlp_grpc_receiver, otlp_http_receiver
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
+from sim_models import SIM, write_sim_model
 
 from stagemesh.client import Client
 from stagemesh.v1 import inference_pb2
@@ -37,23 +37,6 @@ from stagemesh.wire.telemetry.names import (
     metrics_of,
 )
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 16,
-    "intermediate_size": 176,
-    "vocab_size": 331,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "hidden_act": "silu",
-}
-SIM = ("--engine", "sim", "--cost", "2ms + 0.01ms*tokens")
 SCRAPED = ("--metrics", "127.0.0.1:0")
 KV = ("--kv-memory", "576KiB")
 """48 blocks: little, so that a few requests are enough for a preemption."""
@@ -61,10 +44,7 @@ KV = ("--kv-memory", "576KiB")
 
 @pytest.fixture(scope="module")
 def sim_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model's configuration: all that the sim engine needs."""
-    folder = tmp_path_factory.mktemp("sim-model")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
+    return write_sim_model(tmp_path_factory.mktemp("sim-model"))
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +382,7 @@ def test_over_http_with_a_span_for_each_step_and_a_wrong_receiver_at_a_stage(
     ("variables", "flags", "key"),
     [
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "nonsense"}, (), "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        ({"OTEL_METRICS_EXPORTER": "console"}, (), "OTEL_METRICS_EXPORTER"),
         ({}, ("--metrics", "nonsense"), "--metrics"),
         ({}, ("--metrics", "0.0.0.0:0"), "--metrics"),
         ({}, ("--trace", "everything"), "--trace"),

@@ -8,24 +8,32 @@ from importlib.metadata import version
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.lane.lane import READY
 from stagemesh.router.tracing.tracing import SERVICE_NAME
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.metrics import Metrics, Values
 from stagemesh.wire.telemetry.names import Attribute, RouterMetric
 from stagemesh.wire.telemetry.resource import service_attributes
 
 
 class RouterMetrics:
-    """Reads them off the router when it is scraped.
+    """Reads them off the router when it is scraped or a push is due.
 
     Args:
         requests: Of the router.
         listen: Its address.
         num_dropped: Spans lost so far.
+        pushed: Where to push them; None: nowhere.
     """
 
-    def __init__(self, requests: Requests, listen: str, num_dropped: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        listen: str,
+        num_dropped: Callable[[], int],
+        pushed: MetricSettings | None = None,
+    ) -> None:
         self._requests = requests
         self._metrics = Metrics(
-            service_attributes(SERVICE_NAME, version=version("stagemesh"), instance=listen)
+            service_attributes(SERVICE_NAME, version=version("stagemesh"), instance=listen), pushed
         )
         lane = requests.lane
         stats, totals = lane.stats, lane.stats.totals
@@ -57,6 +65,10 @@ class RouterMetrics:
     def scrape(self) -> bytes:
         """In Prometheus' text format; called in a thread of the endpoint."""
         return self._metrics.scrape()
+
+    def close(self) -> None:
+        """Push what there is, within a bounded time."""
+        self._metrics.close()
 
     def not_ready(self) -> str:
         """Why the router takes no requests now; empty when it does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,10 @@ from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.process import settle
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 
 if TYPE_CHECKING:
-    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
+    from stagemesh.wire.telemetry.metrics_output import MetricsOutput
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +80,11 @@ async def _serve(config: RouterConfig) -> None:
     add_reflection(admin, administration)
     admin_listen = bind(admin, config.admin, key="--admin")
     listen = await public.start(config.listen)
-    metrics = _serve_metrics(config, requests, listen, tracing)
+    metrics = _open_metrics(config, requests, listen, tracing)
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
     if metrics:
-        log.info("metrics on http://%s/metrics", metrics.address)
+        metrics.announce()
     settle()
     lane = asyncio.create_task(requests.lane.run())
     waiter = asyncio.create_task(stopped.wait())
@@ -101,21 +103,22 @@ async def _serve(config: RouterConfig) -> None:
         lane.cancel()
         await asyncio.gather(lane, waiter, return_exceptions=True)
         await asyncio.gather(public.stop(SHUTDOWN_GRACE_S), admin.stop(SHUTDOWN_GRACE_S))
-        if tracing:
-            await asyncio.to_thread(tracing.close)
-        if metrics:
-            metrics.close()
+        # Side by side: each may wait for a receiver that does not answer.
+        await asyncio.gather(
+            *([asyncio.to_thread(tracing.close)] if tracing else []), *([metrics.close()] if metrics else [])
+        )
 
 
-def _serve_metrics(
+def _open_metrics(
     config: RouterConfig, requests: Requests, listen: str, tracing: RouterTracing | None
-) -> MetricsEndpoint | None:
-    if config.metrics is None:
+) -> MetricsOutput | None:
+    """As --metrics and the OTEL_* variables say; None where nobody wants them."""
+    pushed = MetricSettings.read(os.environ)
+    if config.metrics is None and pushed is None:
         return None
     # Here, lest a router without metrics loads OpenTelemetry.
     from stagemesh.router.metrics import RouterMetrics
-    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
+    from stagemesh.wire.telemetry.metrics_output import MetricsOutput
 
-    check_listen(config.metrics, insecure=config.insecure, key="--metrics")
-    metrics = RouterMetrics(requests, listen, lambda: tracing.num_dropped if tracing else 0)
-    return MetricsEndpoint(config.metrics, metrics.scrape, metrics.not_ready, asyncio.get_running_loop())
+    metrics = RouterMetrics(requests, listen, lambda: tracing.num_dropped if tracing else 0, pushed)
+    return MetricsOutput(metrics, config.metrics, insecure=config.insecure, pushed=pushed)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from stagemesh.stage.leader.stats import StageStats
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.metrics import Metrics, Values
 from stagemesh.wire.telemetry.names import Attribute, StageMetric
 from stagemesh.wire.telemetry.resource import service_attributes
 
 
 class StageMetrics:
-    """Reads them off the stage when it is scraped.
+    """Reads them off the stage when it is scraped or a push is due.
 
     Args:
         stats: Of the stage.
@@ -22,6 +23,7 @@ class StageMetrics:
         num_blocks: KV blocks it has room for.
         not_ready: Why it cannot serve now; empty when it can.
         num_dropped: Spans lost so far.
+        pushed: Where to push them; None: nowhere.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class StageMetrics:
         num_blocks: int,
         not_ready: Callable[[], str],
         num_dropped: Callable[[], int],
+        pushed: MetricSettings | None = None,
     ) -> None:
         self._stats = stats
         self._labels = {Attribute.STAGE: stage}
-        self.not_ready = not_ready
-        self._metrics = Metrics(service_attributes(service, version=version("stagemesh"), instance=listen))
+        self._not_ready = not_ready
+        self._metrics = Metrics(
+            service_attributes(service, version=version("stagemesh"), instance=listen), pushed
+        )
         self._metrics.add(stats.step)
         self._metrics.add(stats.link_time)
         observe = self._metrics.observe
@@ -53,8 +58,15 @@ class StageMetrics:
 
     def scrape(self) -> bytes:
         """In Prometheus' text format; called in a thread of the endpoint."""
-        self._stats.settle()
         return self._metrics.scrape()
+
+    def not_ready(self) -> str:
+        """Why the stage cannot serve now; empty when it can."""
+        return self._not_ready()
+
+    def close(self) -> None:
+        """Push what there is, within a bounded time."""
+        self._metrics.close()
 
     def _one(self, value: float) -> Values:
         return [(value, self._labels)]
@@ -63,5 +75,7 @@ class StageMetrics:
         return [(count, {**self._labels, key: label}) for label, count in list(counts.items())]
 
     def _link_bytes(self) -> Values:
+        # Before the histograms are read: they join when every instrument has been.
+        self._stats.settle()
         for (link, transport), count in list(self._stats.link_bytes.items()):
             yield count, {**self._labels, Attribute.LINK: link, Attribute.TRANSPORT: transport}

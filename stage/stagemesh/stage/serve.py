@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from importlib.metadata import version
 
@@ -16,11 +17,12 @@ from stagemesh.stage.leader.service import RAW_METHODS, StageService
 from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.plan import plan_stage
-from stagemesh.stage.telemetry import serve_metrics, stage_label, start_exporter
+from stagemesh.stage.telemetry import open_metrics, stage_label, start_exporter
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +44,22 @@ async def _serve(config: StageConfig, name: str) -> None:
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
     exporter = start_exporter(config)
+    pushed = MetricSettings.read(os.environ)
     server = make_server()
     health = add_health(server)
     await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
     spans = StepSpans(exporter, ranks=config.trace_ranks) if exporter else None
-    stats = StageStats(stage_label(config)) if config.metrics else None
+    stats = StageStats(stage_label(config)) if config.metrics or pushed else None
     leader = StageLeader(config, plan, name, health, version("stagemesh"), spans, stats)
     descriptor = stage_pb2.DESCRIPTOR.services_by_name["StageService"]
     add_service(server, descriptor, StageService(leader), raw=RAW_METHODS)
     add_reflection(server, descriptor)
     address = bind(server, config.listen, key="--listen")
-    metrics = serve_metrics(config, leader, plan.num_blocks, exporter, spans)
+    metrics = open_metrics(config, leader, plan.num_blocks, exporter, spans, pushed)
     await server.start()
     log.info("listening on %s", address)
     if metrics:
-        log.info("metrics on http://%s/metrics", metrics.address)
+        metrics.announce()
     supervisor = asyncio.create_task(leader.supervise())
     waiter = asyncio.create_task(stopped.wait())
     try:
@@ -71,7 +74,8 @@ async def _serve(config: StageConfig, name: str) -> None:
         supervisor.cancel()
         await asyncio.gather(supervisor, waiter, return_exceptions=True)
         await server.stop(SHUTDOWN_GRACE_S)
-        if exporter:
-            await asyncio.to_thread(exporter.close)
-        if metrics:
-            metrics.close()
+        # Side by side: each may wait for a receiver that does not answer.
+        await asyncio.gather(
+            *([asyncio.to_thread(exporter.close)] if exporter else []),
+            *([metrics.close()] if metrics else []),
+        )

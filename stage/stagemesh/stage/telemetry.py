@@ -1,11 +1,10 @@
-"""Telemetry of one stage process: where its spans go, and its metrics endpoint.
+"""Telemetry of one stage process: where its spans and its metrics go.
 
 OpenTelemetry is loaded where one of them is configured, and not otherwise.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.leader import StageLeader
 from stagemesh.stage.leader.step_spans import StepSpans
-from stagemesh.wire.address import check_listen
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.settings import TraceSettings
 
 if TYPE_CHECKING:
-    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
     from stagemesh.wire.telemetry.exporter import SpanExporter
+    from stagemesh.wire.telemetry.metrics_output import MetricsOutput
 
 
 def stage_label(config: StageConfig) -> str:
@@ -45,20 +44,21 @@ def start_exporter(config: StageConfig) -> SpanExporter | None:
     )
 
 
-def serve_metrics(
+def open_metrics(
     config: StageConfig,
     leader: StageLeader,
     num_blocks: int,
     exporter: SpanExporter | None,
     spans: StepSpans | None,
-) -> MetricsEndpoint | None:
-    """The endpoint of --metrics; None without. ConfigError if it cannot listen."""
-    if config.metrics is None or leader.stats is None:
+    pushed: MetricSettings | None,
+) -> MetricsOutput | None:
+    """Of a leader that keeps stats, as --metrics and the OTEL_* variables say; None where nobody wants them.
+    ConfigError if the endpoint cannot listen."""
+    if leader.stats is None:
         return None
     from stagemesh.stage.metrics import StageMetrics
-    from stagemesh.wire.telemetry.endpoint import MetricsEndpoint
+    from stagemesh.wire.telemetry.metrics_output import MetricsOutput
 
-    check_listen(config.metrics, insecure=config.insecure, key="--metrics")
     metrics = StageMetrics(
         leader.stats,
         stage=stage_label(config),
@@ -67,5 +67,6 @@ def serve_metrics(
         num_blocks=num_blocks,
         not_ready=lambda: leader.not_ready,
         num_dropped=lambda: (exporter.num_dropped if exporter else 0) + (spans.num_dropped if spans else 0),
+        pushed=pushed,
     )
-    return MetricsEndpoint(config.metrics, metrics.scrape, metrics.not_ready, asyncio.get_running_loop())
+    return MetricsOutput(metrics, config.metrics, insecure=config.insecure, pushed=pushed)

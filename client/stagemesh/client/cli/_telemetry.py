@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from stagemesh.wire.telemetry.settings import GRPC, TraceSettings
+from stagemesh.wire.telemetry.settings import TraceSettings
+from stagemesh.wire.telemetry.variables import GRPC
 
 SERVICE_NAME = "stagemesh-client"
 FLUSH_TIMEOUT_S = 2.0

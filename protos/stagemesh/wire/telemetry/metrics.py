@@ -1,7 +1,7 @@
-"""The instruments of one process, through OpenTelemetry's SDK, to be scraped by Prometheus.
+"""The instruments of one process, through OpenTelemetry's SDK: scraped by Prometheus, and pushed by OTLP where asked for.
 
-Counters and gauges are asynchronous instruments: read when somebody scrapes, from numbers that the process keeps
-anyway. Histograms are kept by `histogram` and join the SDK's data on its way to the exporter.
+Counters and gauges are asynchronous instruments: read when somebody scrapes or a push is due, from numbers that the
+process keeps anyway. Histograms are kept by `histogram` and join the SDK's data on its way to the exporter.
 """
 
 from __future__ import annotations
@@ -17,24 +17,47 @@ from opentelemetry.sdk.metrics import export as sdk
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+from stagemesh.wire.errors import ConfigError
 from stagemesh.wire.telemetry.histogram import BulkHistogram
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.names import SCOPE, Metric
 from stagemesh.wire.telemetry.resource import make_resource
+from stagemesh.wire.telemetry.variables import GRPC
 
 Values = Iterable[tuple[float, Mapping[str, str]]]
 """Of one instrument: a value for each set of labels."""
 
 
-class _Reader(PrometheusMetricReader):
+CLOSE_TIMEOUT_S = 2.0
+"""What a receiver that does not answer may cost the end of a process."""
+
+
+class _Scraped(PrometheusMetricReader):
     """Adds histograms to what the SDK has collected."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, histograms: list[BulkHistogram], registry: CollectorRegistry) -> None:
+        self._histograms = histograms
         super().__init__(scope_info_enabled=False, registry=registry)
-        self.histograms: list[BulkHistogram] = []
 
     def _receive_metrics(self, metrics_data: Any, timeout_millis: float = 10_000, **options: Any) -> None:
         if metrics_data is not None:
-            super()._receive_metrics(_joined(metrics_data, self.histograms), timeout_millis, **options)
+            super()._receive_metrics(_joined(metrics_data, self._histograms), timeout_millis, **options)
+
+
+class _Pushed(sdk.PeriodicExportingMetricReader):
+    """The same for what is pushed, in a thread of the SDK's."""
+
+    def __init__(self, histograms: list[BulkHistogram], settings: MetricSettings) -> None:
+        self._histograms = histograms
+        super().__init__(
+            _make_exporter(settings.protocol),
+            export_interval_millis=settings.interval_s * 1e3,
+            export_timeout_millis=settings.timeout_s * 1e3,
+        )
+
+    def _receive_metrics(self, metrics_data: Any, timeout_millis: float = 10_000, **options: Any) -> None:
+        if metrics_data is not None:
+            super()._receive_metrics(_joined(metrics_data, self._histograms), timeout_millis, **options)
 
 
 class Metrics:
@@ -42,17 +65,25 @@ class Metrics:
 
     Args:
         attributes: Of the resource: the target_info of a scrape.
+        pushed: Where to push them; None: nowhere.
+
+    Raises:
+        ConfigError: An OTEL_* variable of the exporter is wrong.
     """
 
-    def __init__(self, attributes: Mapping[str, str]) -> None:
+    def __init__(self, attributes: Mapping[str, str], pushed: MetricSettings | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._reader = _Reader(self._registry)
+        self._histograms: list[BulkHistogram] = []
         ProcessCollector(registry=self._registry)
-        provider = MeterProvider([self._reader], resource=make_resource(attributes), shutdown_on_exit=False)
-        self._meter = provider.get_meter(SCOPE)
+        readers: list[sdk.MetricReader] = [_Scraped(self._histograms, self._registry)]
+        if pushed:
+            readers.append(_Pushed(self._histograms, pushed))
+        self._provider = MeterProvider(readers, resource=make_resource(attributes), shutdown_on_exit=False)
+        self._meter = self._provider.get_meter(SCOPE)
 
     def observe(self, metric: Metric, read: Callable[[], Values]) -> None:
-        """Have `read` called at every scrape, in the scraping thread, for a counter's or a gauge's values."""
+        """Have `read` called for a counter's or a gauge's values at every scrape, in the scraping thread, and before every
+        push, in its thread."""
 
         def callback(options: CallbackOptions) -> Iterable[Observation]:
             return [Observation(value, dict(labels)) for value, labels in read()]
@@ -70,11 +101,28 @@ class Metrics:
 
     def add(self, histogram: BulkHistogram) -> None:
         """Show a histogram too."""
-        self._reader.histograms.append(histogram)
+        self._histograms.append(histogram)
 
     def scrape(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def close(self) -> None:
+        """Push what there is, for CLOSE_TIMEOUT_S at most."""
+        self._provider.shutdown(CLOSE_TIMEOUT_S * 1e3)
+
+
+def _make_exporter(protocol: str) -> sdk.MetricExporter:
+    try:
+        if protocol == GRPC:
+            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+
+            return OTLPMetricExporter()
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+        return HttpExporter()
+    except Exception as error:
+        raise ConfigError(f"OTEL_EXPORTER_OTLP_*: the exporter refused its settings: {error}") from error
 
 
 def _joined(data: sdk.MetricsData, histograms: list[BulkHistogram]) -> sdk.MetricsData:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from stagemesh.wire.errors import ConfigError
-from stagemesh.wire.telemetry.settings import GRPC
+from stagemesh.wire.telemetry.variables import GRPC
 
 
 class Sender(Protocol):

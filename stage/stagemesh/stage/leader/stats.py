@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 
@@ -45,6 +46,7 @@ class StageStats:
         """Rows that a step samples: those that a later one may repeat."""
         self._gathered: list[tuple[list[str], Timings]] = []
         self._series: dict[str, list[Series]] = {}
+        self._settling = threading.Lock()
 
     def open_lane(self) -> None:
         """A new epoch: steps count from 1 again."""
@@ -79,10 +81,13 @@ class StageStats:
         self._link_series(kind, transport).add(seconds)
 
     def settle(self) -> None:
-        """Sort the gathered timings into their buckets."""
-        gathered, self._gathered = self._gathered, []
-        if not gathered:
-            return
+        """Sort the gathered timings into their buckets; from any thread."""
+        with self._settling:
+            gathered, self._gathered = self._gathered, []
+            if gathered:
+                self._sort(gathered)
+
+    def _sort(self, gathered: list[tuple[list[str], Timings]]) -> None:
         table = timing_table(timings for _, timings in gathered)
         seconds = table[:, PART_COLUMNS] / 1e9
         if self._worker_link:

@@ -1,0 +1,96 @@
+"""Reads OTEL_* variables, checked at the start of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from stagemesh.wire.address import split_address
+from stagemesh.wire.errors import ConfigError
+
+GRPC = "grpc"
+HTTP = "http/protobuf"
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "no_content", "")
+
+
+class Variables:
+    """One variable at a time; an empty one counts as unset, as the specification says. ConfigError names the variable
+    whose value cannot be used.
+
+    Args:
+        environment: Of the process.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def text(self, key: str) -> str:
+        """Its value without blanks around it; empty where it is not set."""
+        return self._environment.get(key, "").strip()
+
+    def switch(self, key: str, also_true: tuple[str, ...] = ()) -> bool:
+        """True or false; false where it is not set."""
+        text = self.text(key).lower()
+        if text not in (*_TRUE, *_FALSE, *also_true):
+            raise ConfigError(f"{key}: '{text}' is neither true nor false")
+        return text in (*_TRUE, *also_true)
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
+        """One of `choices`."""
+        text = self.text(key).lower() or default
+        if text not in choices:
+            raise ConfigError(f"{key}: '{text}' is not known; expected one of {', '.join(choices)}")
+        return text
+
+    def first_choice(self, keys: tuple[str, ...], choices: tuple[str, ...], default: str) -> str:
+        """The same of the first of `keys` that is set."""
+        key = next((key for key in keys if self.text(key)), keys[-1])
+        return self.choice(key, choices, default)
+
+    def number(self, key: str, default: float, *, low: float, high: float = float("inf")) -> float:
+        """Within `low` to `high`."""
+        text = self.text(key)
+        try:
+            value = float(text) if text else default
+        except ValueError:
+            raise ConfigError(f"{key}: '{text}' is not a number") from None
+        if not low <= value <= high:
+            upper = f" to {high:g}" if high < float("inf") else " or more"
+            raise ConfigError(f"{key}: {text} is out of range; expected {low:g}{upper}")
+        return value
+
+    def protocol(self, signal: str) -> str:
+        """grpc or http/protobuf, of a signal's own variable or the one for all of them."""
+        return self.first_choice(
+            (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"), (GRPC, HTTP), GRPC
+        )
+
+    def endpoint(self, signal: str, protocol: str) -> str:
+        """The same of its OTLP receiver; empty where none is named."""
+        own, every = f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
+        key = own if self.text(own) else every
+        text = self.text(key)
+        if not text:
+            return ""
+        wanted = "http://HOST:PORT or https://HOST:PORT"
+        if protocol == GRPC and "://" not in text:
+            split_address(text, key=key)
+            return text
+        try:
+            parts = urlsplit(text)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"{key}: '{text}' is not an address; expected {wanted}")
+        if protocol == GRPC and parts.port is None:
+            raise ConfigError(f"{key}: '{text}' has no port; expected {wanted}, the usual port is 4317")
+        return text
+
+    def resource(self) -> None:
+        """Check OTEL_RESOURCE_ATTRIBUTES, which the SDK reads by itself."""
+        text = self.text("OTEL_RESOURCE_ATTRIBUTES")
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            key, equals, _ = item.partition("=")
+            if not equals or not key.strip():
+                raise ConfigError(f"OTEL_RESOURCE_ATTRIBUTES: '{item}' is not KEY=VALUE")
