@@ -31,6 +31,7 @@ from stagemesh.stage.config import StageConfig
 from stagemesh.stage.gpus import list_gpus
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.errors import ConfigError
+from stagemesh.wire.logs import level_number
 
 
 def command() -> Any:
@@ -85,8 +86,9 @@ def _up(
     )
     plan = with_ports(plan, stage_key="--config" if config and stage_port is None else "--stage-port")
     check_stages(plan)
+    level_number(plan.router.log_level)
     if ready_file is not None:
-        ready_file.unlink(missing_ok=True)
+        _prepare_ready_file(ready_file)
     with UpDisplay() as display:
         threads = "·".join(str(stage.threads) for stage in plan.stages)
         display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
@@ -154,6 +156,20 @@ async def _supervise(plan: MeshPlan, display: UpDisplay, begin: float, ready_fil
     await supervisor.run()
 
 
+def _prepare_ready_file(path: Path) -> None:
+    """None of an earlier mesh is left; ConfigError if there will be none of this one."""
+    try:
+        path.unlink(missing_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise ConfigError(f"--ready-file: {path} cannot be written: {error.strerror}") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def _write_ready_file(path: Path, plan: MeshPlan, model_name: str) -> None:
     """All at once, so that who waits for the file never reads half of it."""
     content = {
@@ -166,6 +182,6 @@ def _write_ready_file(path: Path, plan: MeshPlan, model_name: str) -> None:
         "model": model_name,
         "pid": os.getpid(),
     }
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(content) + "\n")
     partial.replace(path)
