@@ -21,7 +21,7 @@ from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.router.worker.pool import WorkerPool
 from stagemesh.v1 import admin_pb2
 from stagemesh.wire.address import check_listen, split_address
-from stagemesh.wire.errors import StagemeshError, UnavailableError
+from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.logs import setup_logging
 from stagemesh.wire.process import settle
 from stagemesh.wire.service import add_health, add_reflection, add_service, bind, make_server
@@ -82,7 +82,7 @@ async def _serve(config: RouterConfig) -> None:
     listen = await public.start(config.listen)
     try:
         metrics = _open_metrics(config, requests, listen, tracing)
-    except StagemeshError:
+    except BaseException:
         await public.stop(0)
         raise
     await admin.start()

@@ -84,12 +84,12 @@ def make_app() -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 on an error, 2 on a wrong flag or setting."""
-    if args is None and next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "") in SERVERS:
+    given = sys.argv[1:] if args is None else args
+    if args is None and _command_of(given) in SERVERS:
         restart_with_polling()
     parent = os.environ.pop(PARENT_ENV, "")
     if parent.isdigit():
         die_with_parent(int(parent))
-    given = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may answer what this terminal cannot show
     try:
@@ -98,6 +98,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get(DEBUG_ENV):
             raise
         _end(str(error), 2 if isinstance(error, ConfigError | InvalidArgumentError) else 1)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error, _command_of(given))
+        if not isinstance(missing, StagemeshError) or os.environ.get(DEBUG_ENV):
+            raise
+        _end(str(missing), 1)
     except typer.Abort:
         _end("aborted", 1)
     except BrokenPipeError:
@@ -107,6 +112,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except _USAGE_ERROR as error:
         where = error.ctx.command_path if error.ctx else "stagemesh"
         _end(f"{error.format_message().rstrip('.')}; see {where} --help", error.exit_code)
+
+
+def _command_of(args: Sequence[str]) -> str:
+    return next((arg for arg in args if not arg.startswith("-")), "")
 
 
 def _end(message: str, code: int) -> NoReturn:

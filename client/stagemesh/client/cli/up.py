@@ -13,6 +13,7 @@ import typer
 
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._display import UpDisplay
+from stagemesh.client.cli._extras import require_engine
 from stagemesh.client.cli._plan import (
     ROUTER_OPTIONS,
     SHARED_OPTIONS,
@@ -100,6 +101,7 @@ def check_stages(plan: MeshPlan) -> None:
     from stagemesh.stage.plan import plan_stage
 
     for stage in plan.stages:
+        require_engine(stage.engine, "up")
         plan_stage(stage)
 
 
