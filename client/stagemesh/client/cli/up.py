@@ -23,7 +23,7 @@ from stagemesh.client.cli._plan import (
     plan_mesh,
     settings_variables,
 )
-from stagemesh.client.cli._ports import check_free, resolve_port
+from stagemesh.client.cli._ports import Ports
 from stagemesh.client.cli._probe import MeshProbe
 from stagemesh.client.cli._settings import options_of, with_options
 from stagemesh.client.cli._supervisor import Supervisor
@@ -85,15 +85,17 @@ def _up(
         num_cores=len(os.sched_getaffinity(0)),
         num_gpus=len(list_gpus()),
     )
-    plan = with_ports(plan, stage_key="--config" if config and stage_port is None else "--stage-port")
-    check_stages(plan)
     level_number(plan.router.log_level)
-    if ready_file is not None:
-        _prepare_ready_file(ready_file)
-    with UpDisplay() as display:
-        threads = "·".join(str(stage.threads) for stage in plan.stages)
-        display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
-        asyncio.run(_supervise(plan, display, begin, ready_file))
+    with Ports() as ports:
+        stage_key = "--config" if config and stage_port is None else "--stage-port"
+        plan = with_ports(plan, ports, stage_key=stage_key)
+        check_stages(plan)
+        if ready_file is not None:
+            _prepare_ready_file(ready_file)
+        with UpDisplay() as display:
+            threads = "·".join(str(stage.threads) for stage in plan.stages)
+            display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
+            asyncio.run(_supervise(plan, display, begin, ready_file))
 
 
 def check_stages(plan: MeshPlan) -> None:
@@ -105,7 +107,7 @@ def check_stages(plan: MeshPlan) -> None:
         plan_stage(stage)
 
 
-def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
+def with_ports(plan: MeshPlan, ports: Ports, *, stage_key: str) -> MeshPlan:
     """The plan with port 0 made real; raises if a port is taken, or open to the world unmeant."""
     keys = {"listen": "--listen", "admin": "--admin"}
     if plan.router.metrics:
@@ -116,10 +118,7 @@ def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
     addresses: list[str] = []
     for address, key in wanted:
         check_listen(address, insecure=plan.router.insecure, key=key)
-        addresses.append(resolve_port(address, key=key, taken=addresses))
-        check_free(addresses[-1], key=key)
-        if addresses[-1] in addresses[:-1]:
-            raise ConfigError(f"{key}: {addresses[-1]} is given to two servers of this mesh")
+        addresses.append(ports.take(address, key=key))
     router = dict(zip(keys, addresses, strict=False))
     stages = addresses[len(keys) : len(keys) + len(plan.stages)]
     metrics = iter(addresses[len(keys) + len(plan.stages) :])
