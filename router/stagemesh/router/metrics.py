@@ -7,11 +7,25 @@ from importlib.metadata import version
 
 from stagemesh.router.api.requests import Requests
 from stagemesh.router.lane.lane import READY
+from stagemesh.router.scheduler import Finish
 from stagemesh.router.tracing.tracing import SERVICE_NAME
 from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.metrics import Metrics, Values
 from stagemesh.wire.telemetry.names import Attribute, RouterMetric
 from stagemesh.wire.telemetry.resource import service_attributes
+
+FINISHES = tuple(finish.value for finish in Finish if finish is not Finish.DEADLINE)
+ERRORS = (
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "INVALID_ARGUMENT",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "UNIMPLEMENTED",
+)
+"""Status codes that requests end with."""
 
 
 class RouterMetrics:
@@ -41,8 +55,8 @@ class RouterMetrics:
             self._metrics.add(histogram)
         observe, observe_one = self._metrics.observe, self._metrics.observe_one
         observe(RouterMetric.TOKENS, self._tokens)
-        observe(RouterMetric.FINISHED, lambda: _labelled(stats.finished, Attribute.FINISH))
-        observe(RouterMetric.ERRORS, lambda: _labelled(stats.failed, Attribute.ERROR_TYPE))
+        observe(RouterMetric.FINISHED, lambda: _labelled(stats.finished, Attribute.FINISH, FINISHES))
+        observe(RouterMetric.ERRORS, lambda: _labelled(stats.failed, Attribute.ERROR_TYPE, ERRORS))
         observe_one(RouterMetric.RUNNING, lambda: lane.scheduler.num_running if lane.scheduler else 0)
         observe_one(RouterMetric.WAITING, lambda: lane.scheduler.num_waiting if lane.scheduler else 0)
         observe(RouterMetric.BLOCKS, self._blocks)
@@ -88,8 +102,9 @@ class RouterMetrics:
             yield scheduler.limits.num_blocks - free, {Attribute.STATE: "used"}
 
 
-def _labelled(counts: Mapping[str, int], key: str) -> Values:
-    return [(count, {key: label}) for label, count in list(counts.items())]
+def _labelled(counts: Mapping[str, int], key: str, known: Iterable[str]) -> Values:
+    """Those known ahead are there from the start, at 0: a counter that begins with its first event shows no increase."""
+    return [(count, {key: label}) for label, count in {**dict.fromkeys(known, 0), **counts}.items()]
 
 
 def _by_stage(shares: Iterable[float]) -> Values:

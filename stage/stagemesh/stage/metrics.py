@@ -11,6 +11,9 @@ from stagemesh.wire.telemetry.metrics import Metrics, Values
 from stagemesh.wire.telemetry.names import Attribute, StageMetric
 from stagemesh.wire.telemetry.resource import service_attributes
 
+LANE_ERRORS = ("INTERNAL", "INVALID_ARGUMENT", "UNAVAILABLE")
+"""Status codes that lanes end with."""
+
 
 class StageMetrics:
     """Reads them off the stage when it is scraped or a push is due.
@@ -48,7 +51,7 @@ class StageMetrics:
         self._metrics.add(stats.link_time)
         observe = self._metrics.observe
         observe(StageMetric.TOKENS, lambda: self._by(stats.tokens, Attribute.PHASE))
-        observe(StageMetric.LANE_ERRORS, lambda: self._by(stats.lanes_failed, Attribute.ERROR_TYPE))
+        observe(StageMetric.LANE_ERRORS, self._lane_errors)
         observe(StageMetric.LINK_BYTES, self._link_bytes)
         observe(StageMetric.READY, lambda: self._one(0 if not_ready() else 1))
         observe(StageMetric.STARTS, lambda: self._one(stats.groups_started))
@@ -73,6 +76,10 @@ class StageMetrics:
 
     def _by(self, counts: Mapping[str, int], key: str) -> Values:
         return [(count, {**self._labels, key: label}) for label, count in list(counts.items())]
+
+    def _lane_errors(self) -> Values:
+        # There from the start, at 0: a counter that begins with its first event shows no increase.
+        return self._by({**dict.fromkeys(LANE_ERRORS, 0), **self._stats.lanes_failed}, Attribute.ERROR_TYPE)
 
     def _link_bytes(self) -> Values:
         # Before the histograms are read: they join when every instrument has been.
