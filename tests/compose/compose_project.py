@@ -29,6 +29,7 @@ class Project:
 
     def __init__(self, name: str, files: Sequence[str | Path], variables: Mapping[str, str]) -> None:
         self.name = name
+        self.variables = dict(variables)
         self._files = [FOLDER / file for file in files]
         # In place of compose/.env, which is the developer's own.
         self._no_env = tempfile.NamedTemporaryFile(prefix="stagemesh-", suffix=".env")  # noqa: SIM115 - lives as long as this
@@ -40,10 +41,12 @@ class Project:
             "COMPOSE_HTTP_TIMEOUT": "180",
         }
 
-    def compose(self, *args: str, timeout_s: float = 120.0, check: bool = True) -> str:
-        """Standard output of a docker-compose command."""
+    def compose(
+        self, *args: str, timeout_s: float = 120.0, check: bool = True, program: str | None = None
+    ) -> str:
+        """Standard output of a docker-compose command; of Debian's 1.29, or `program`."""
         command: list[str | Path] = [
-            find("docker-compose") or "docker-compose",
+            program or find("docker-compose") or "docker-compose",
             "--env-file",
             self._no_env.name,
         ]
@@ -54,7 +57,17 @@ class Project:
 
     def down(self) -> None:
         """Stop and remove its containers and networks, whatever state they are in."""
-        self.compose("--profile", "client", "down", "--timeout", "10", "--volumes", "--remove-orphans")
+        self.compose(
+            "--profile",
+            "client",
+            "--profile",
+            "observability",
+            "down",
+            "--timeout",
+            "10",
+            "--volumes",
+            "--remove-orphans",
+        )
 
     def running(self) -> list[str]:
         """Names of its containers that run."""

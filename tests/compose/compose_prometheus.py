@@ -1,9 +1,10 @@
-"""A real Prometheus on this machine, with the configuration that compose/ ships."""
+"""The Prometheus of the profile observability, with Debian's program in its image."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -13,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from compose_commands import CommandError
-from compose_mesh import free_port
+from compose_engine import docker
 from compose_packages import find
-from compose_project import FOLDER, Project
+from compose_project import Project
 
-NAMES = {"router-mesh": "router", "stage-0": "stage-0", "stage-1": "stage-1", "stage-2": "stage-2"}
-"""Hosts of prometheus.yml, and whose container each is: this machine does not know the names of a mesh network."""
+IMAGE = "stagemesh-prometheus:compose-test"
+_DOCKERFILE = """
+FROM BASE
+COPY prometheus /bin/prometheus
+RUN mkdir -p /prometheus && chown nobody:nogroup /prometheus
+USER nobody
+WORKDIR /prometheus
+ENTRYPOINT ["/bin/prometheus"]
+CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
+"""
 _START_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -63,41 +72,33 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(mesh: Project, folder: Path) -> Iterator[Prometheus]:
-    """Scrapes the mesh as compose/observability/prometheus.yml says, with addresses in place of names."""
-    config = (FOLDER / "observability/prometheus.yml").read_text()
-    for name, service in NAMES.items():
-        assert f'"{name}:' in config
-        config = config.replace(f'"{name}:', f'"{mesh.address(service, "mesh")}:')
-    (folder / "prometheus.yml").write_text(config)
-    (folder / "alerts.yml").write_text((FOLDER / "observability/alerts.yml").read_text())
-    address = f"127.0.0.1:{free_port()}"
-    flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [find("prometheus") or "prometheus", *flags, f"--web.listen-address={address}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+def prometheus(mesh: Project) -> Iterator[Prometheus]:
+    """The service of the profile observability, with its own configuration, in the mesh's networks; asked on the port that
+    compose.yaml publishes."""
+    mesh.compose("up", "--detach", "--no-build", "--no-deps", "prometheus")
+    address = f"127.0.0.1:{mesh.variables['PROMETHEUS_PORT']}"
     try:
-        _wait_ready(process, address, folder / "log")
+        _wait_ready(address)
         yield Prometheus(address)
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        mesh.compose("rm", "--stop", "--force", "prometheus")
 
 
-def _wait_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def prometheus_image(base: str) -> str:
+    """Debian's program in the place of prom/prometheus: same paths, same user."""
+    with tempfile.TemporaryDirectory(prefix="stagemesh-prometheus-") as folder:
+        shutil.copy(find("prometheus") or "prometheus", Path(folder, "prometheus"))
+        Path(folder, "Dockerfile").write_text(_DOCKERFILE.replace("BASE", base))
+        docker("build", "--quiet", "--tag", IMAGE, folder, timeout_s=120)
+    return IMAGE
+
+
+def _wait_ready(address: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://{address}/-/ready", timeout=2):
                 return
         except OSError:
             time.sleep(0.3)
-    raise CommandError(f"prometheus does not start: {log.read_text(errors='replace')[-2000:]}")
+    raise CommandError(f"prometheus is not ready within {_START_TIMEOUT_S:g} s")

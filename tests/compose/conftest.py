@@ -15,6 +15,7 @@ from compose_mesh import IMAGES, MODEL, SERVICES, TAG, free_port, running, take_
 from compose_packages import install_missing
 from compose_parts import part, say, summary
 from compose_project import Project
+from compose_prometheus import prometheus_image
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -82,6 +83,8 @@ def mesh(images: dict[str, str], model: Path) -> Iterator[Project]:
     """compose.yaml as it is shipped, up and healthy; the receiver of traces beside it."""
     variables = {**images, "MODEL": str(model), "ROUTER_PORT": str(free_port())}
     variables["OTLP_ENDPOINT"] = "http://receiver:4317"
+    variables["PROMETHEUS_PORT"] = str(free_port())
+    variables["PROMETHEUS_IMAGE"] = prometheus_image(images["BASE_IMAGE"])
     project = Project("stagemesh-test", ["compose.yaml", FOLDER / "receiver.yaml"], variables)
     with running(project, SERVICES):
         yield project

@@ -11,6 +11,24 @@ from compose_project import Project
 pytestmark = pytest.mark.compose
 
 
+def test_a_host_gives_its_stage_all_of_its_gpus(images: dict[str, str]) -> None:
+    addresses = {
+        name: f"10.0.0.1{index}:50061"
+        for index, name in enumerate(("ROUTER_ADDRESS", *(f"STAGE_{stage}_ADDRESS" for stage in range(3))))
+    }
+    files = ["compose.host-stage-1.gpu.yaml"]
+    project = Project("stagemesh-gpu", files, {**images, **addresses, "NCCL_SOCKET_IFNAME": "bond0"})
+    services: dict[str, Any] = yaml.safe_load(project.compose("config"))["services"]
+    stage = services["stage-1"]
+    [device] = stage["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
+    assert stage["environment"]["NCCL_SOCKET_IFNAME"] == "bond0"
+    assert stage["environment"]["STAGEMESH_DEVICE"] == "cuda"
+    assert stage["environment"]["STAGEMESH_LISTEN"] == addresses["STAGE_1_ADDRESS"]
+    assert (stage["network_mode"], stage["shm_size"], stage["read_only"]) == ("host", "8g", True)
+    assert stage["healthcheck"]
+
+
 def test_the_override_for_gpus_merges(images: dict[str, str]) -> None:
     project = Project("stagemesh-gpu", ["compose.yaml", "compose.gpu.yaml"], {**images, "STAGE_2_GPU": "7"})
     services: dict[str, Any] = yaml.safe_load(project.compose("config"))["services"]

@@ -1,12 +1,15 @@
-"""The metrics of the mesh, scraped by a real Prometheus with the shipped configuration."""
+"""The metrics of the mesh, scraped by a real Prometheus: the shipped service with its shipped configuration."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from compose_commands import CommandError, run
 from compose_mesh import SERVICES
 from compose_packages import find
@@ -65,17 +68,25 @@ ABOVE_ZERO = (
 
 
 @pytest.fixture(scope="module")
-def scraper(mesh: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    with prometheus(mesh, tmp_path_factory.mktemp("prometheus")) as running:
+def scraper(mesh: Project) -> Iterator[Prometheus]:
+    with prometheus(mesh) as running:
         yield running
 
 
-def test_promtool_passes_configuration_and_rules() -> None:
+def test_promtool_passes_configuration_and_rules(docker_engine: str) -> None:
     for kind, file in (("config", "prometheus.yml"), ("rules", "alerts.yml")):
         output = run(
             [find("promtool") or "promtool", "check", kind, FOLDER / "observability" / file], timeout_s=30
         )
         assert "SUCCESS" in output.stdout
+
+
+def test_every_alert_fires_on_what_it_is_for_and_on_nothing_else(docker_engine: str) -> None:
+    output = run(
+        [find("promtool") or "promtool", "test", "rules", Path(__file__).with_name("alerts_test.yml")],
+        timeout_s=60,
+    )
+    assert "SUCCESS" in output.stdout
 
 
 def test_every_target_is_up(scraper: Prometheus) -> None:
@@ -118,6 +129,30 @@ def test_every_metric_of_dashboard_and_alerts_is_scraped(mesh: Project, scraper:
     every = {metric.prometheus for metric in (*metrics_of(RouterMetric), *metrics_of(StageMetric))}
     assert len(wanted) >= len(every)
     assert wanted - scraper.names() == set()
+
+
+def test_every_query_of_the_dashboard_has_a_result(scraper: Prometheus) -> None:
+    """After load, and after the trouble of the test before: an empty panel would be a mistake of ours."""
+    panels: list[dict[str, Any]] = json.loads((FOLDER / "observability/grafana/stagemesh.json").read_text())[
+        "panels"
+    ]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert len(queries) > 30
+    assert [query for query in queries if not scraper.values(query.replace("$__rate_interval", "5m"))] == []
+
+
+def test_every_alert_compares_something_that_is_there(scraper: Prometheus) -> None:
+    """One side of its comparison at least: the other may count what has not gone wrong here."""
+    groups = yaml.safe_load((FOLDER / "observability/alerts.yml").read_text())["groups"]
+    sides = {
+        rule["alert"]: re.split(r"\s+(?:==|>)\s+", rule["expr"])
+        for group in groups
+        for rule in group["rules"]
+    }
+    numbers = re.compile(r"[\d.]+")
+    for alert, expressions in sides.items():
+        assert len(expressions) == 2, alert
+        assert any(scraper.values(side) for side in expressions if not numbers.fullmatch(side)), alert
 
 
 def names_in(text: str) -> set[str]:

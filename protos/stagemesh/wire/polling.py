@@ -22,13 +22,10 @@ CHOICE = "-event_engine_client,-event_engine_listener"
 
 
 def with_polling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a server process; a choice that is already in it stays.
-
-    Its children are started by exec: gRPC's handlers of a fork would only log, once for each, that they do nothing.
-    """
+    """The environment for a server process; a choice that is already in it stays."""
     if VARIABLE in environment or not grpc.__version__.startswith(KNOWN_VERSION):
         return dict(environment)
-    return {"GRPC_ENABLE_FORK_SUPPORT": "0", **environment, VARIABLE: CHOICE}
+    return {**environment, VARIABLE: CHOICE}
 
 
 def restart_with_polling() -> None:

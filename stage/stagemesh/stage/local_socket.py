@@ -285,18 +285,9 @@ class LeaderSocket:
         """Break off."""
         self._loop.remove_writer(self.fileno())
         self._loop.remove_reader(self.fileno())
-        self._drop()
         self._socket.close()
 
-    def _drop(self) -> None:
-        """What waits is for nobody any more."""
-        for thing in self._left:
-            if isinstance(thing, socket.socket):
-                thing.close()
-        self._left.clear()
-
     def _flush(self) -> None:
-        end: socket.socket | None = None
         try:
             while self._left:
                 end, some = self._take_some()
@@ -314,9 +305,10 @@ class LeaderSocket:
                     self._loop.add_writer(self.fileno(), self._flush)
                     return
         except (BrokenPipeError, ConnectionResetError):
-            if end is not None:
-                end.close()
-            self._drop()
+            for thing in self._left:
+                if isinstance(thing, socket.socket):
+                    thing.close()
+            self._left.clear()
         self._loop.remove_writer(self.fileno())
 
     def _take_some(self) -> tuple[socket.socket | None, list[Buffer]]:
