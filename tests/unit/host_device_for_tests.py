@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -59,8 +58,5 @@ class HostDevice:
         work()
         self.graphs.append(HostGraph(work))
         return self.graphs[-1]
-
-    def on(self, stream: object) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def synchronize(self) -> None: ...

@@ -10,7 +10,7 @@ from batches_for_tests import batch
 
 from stagemesh.router.lane.forming import choose_transport
 from stagemesh.router.lane.stage_link import StageLink
-from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets
+from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets, section_buckets
 from stagemesh.stage.cuda.columns import Layout, fill, plan_rows
 from stagemesh.stage.cuda.environment import cuda_environment
 from stagemesh.stage.cuda.waits import split_wait
@@ -31,6 +31,15 @@ def test_every_number_of_rows_has_a_bucket_that_wastes_little() -> None:
         assert bucket is not None
         assert rows <= bucket <= max(rows * 2 - 1, rows + rows // 2)
     assert bucket_for(buckets, 513) is None
+
+
+def test_steps_with_prefill_have_buckets_as_far_as_graphs_pay() -> None:
+    buckets = section_buckets(8192)
+    assert (buckets[0], buckets[-1]) == (64, 1024)
+    assert all(bucket_for(buckets, size) - size < 128 for size in range(1, 1025))
+    assert bucket_for(buckets, 1025) is None
+    assert section_buckets(256)[-1] == 256
+    assert section_buckets(32) == (32,)
     assert graph_buckets(3) == (1, 2, 3)
 
 

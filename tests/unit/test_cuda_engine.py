@@ -43,7 +43,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-BLOCK, BLOCKS, SLOTS, ROWS, TOKENS = 4, 64, 8, 4, 32
+BLOCK, BLOCKS, SLOTS, ROWS, TOKENS, DEPTH = 4, 64, 8, 4, 32, 2
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ class Stage:
                 num_stages=1 if self.first and self.last else 2,
                 stage_index=0 if self.first else 1,
                 max_slots=SLOTS,
-                depth=2,
+                depth=DEPTH,
             )
         )
 
@@ -265,6 +265,10 @@ def test_it_samples_what_the_torch_engine_samples(source: Any, graphs: bool) -> 
         assert got.tokens.tolist() == expected.tokens.tolist(), step.number
     replays = sum(graph.replays for graph in device.graphs)
     assert replays > len(device.graphs) if graphs else not replays
+    counts = stage.engine._num_steps
+    ways = ["by a graph", "by graphs between attentions"] if graphs else ["without graphs"]
+    assert all(counts[way] >= 2 for way in ways)
+    assert sum(counts.values()) == sum(counts[way] for way in ways) == len(script())
 
 
 def test_stages_hand_on_what_the_torch_engine_hands_on(source: Any) -> None:
@@ -329,6 +333,38 @@ def test_links_of_their_own_carry_activations_and_tokens(
                 first, last = [threads.submit(stage.run, step) for stage in stages]
                 assert last.result(timeout=60).tokens.tolist() == expected, step.number
                 assert first.result(timeout=60).sent_bytes
+
+
+def test_tokens_that_nobody_takes_do_not_pile_up_in_the_link(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of prompts that end with their first token: nothing ever asks for what comes round the ring."""
+    fake_nccl_for_tests.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = HostDevice()
+    stages = [
+        Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
+        Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
+    ]
+    connect(stages, 1)
+    expected, oldest = stages[0].engine.links._expected, {}
+    for number in range(1, 8):
+        step = stage_pb2.Step(
+            number=number,
+            release_slots=pack([0], U32) if number > 1 else b"",
+            admissions=admit([0], [(number, 0.0, 0, 1.0)]),
+            append_slots=pack([0], U32),
+            append_blocks=pack([number], U32),
+            rows=stage_pb2.Rows(slots=pack([0], U32), counts=pack([2], U32), tokens=pack([5, 6], U32)),
+        )
+        with ThreadPoolExecutor(2) as threads:
+            first, last = [threads.submit(stage.run, step) for stage in stages]
+            taken = last.result(timeout=60).tokens
+            first.result(timeout=60)
+        assert len(expected) == min(number, DEPTH)
+        if number > DEPTH:
+            assert int(stages[0].engine._parts.cache.slot_tokens[0]) == oldest[number - DEPTH]
+        oldest[number] = int(taken[0])
 
 
 def test_an_abort_ends_a_wait_for_a_peer(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,3 +307,20 @@ def test_a_target_that_cannot_be_held_does_not_starve_prefill() -> None:
     lane = mixed_lane(costs, itl_target_s=1 * MS)
     done = sum(len(times) == 20 for name, times in lane.token_times.items() if name.startswith("long"))
     assert done > 2
+
+
+def test_a_burst_after_a_trickle_keeps_every_stage_busy_at_once() -> None:
+    """What a few streams were best served with is not what a burst waits for to be looked at again."""
+    costs = [Costs(constant=time, row=0.01 * MS, position=0.011 * MS) for time in (3 * MS, 3.6 * MS)]
+    lane = VirtualLane(
+        lane_limits(2, step_tokens=4096), costs, hop_s=0.1 * MS, control_s=0.3 * MS, answer_s=0.3 * MS
+    )
+    lane.arrive(0.0, "first", 16, 500)
+    lane.run(2.4)
+    assert lane.scheduler.pace.num_microbatches == 1
+    began, busy, start = len(lane.steps), lane.busy_s.copy(), lane.now
+    for index in range(256):
+        lane.arrive(start, f"r{index}", 512, 64)
+    lane.run(start + 1.0)
+    assert len(lane.steps) - began < 40
+    assert (lane.busy_s - busy).min() > 0.9

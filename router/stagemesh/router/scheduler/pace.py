@@ -14,7 +14,13 @@ from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_
 from stagemesh.router.scheduler.prefill_budget import PrefillBudget
 
 CHOICE_STEPS = 32
-"""Steps after which the number in flight is looked at again."""
+"""Steps after which the number in flight is looked at again, unless the load has become another one before."""
+OTHER_LOAD = 2.0
+"""So many times the rows, or as few: another load."""
+BURST = 4
+"""Prompts at hand that fill so many rounds of the most steps are a burst; it ends when they do not fill one step."""
+BACKLOG_STEPS = 16
+"""A burst is expected to be dealt over so many steps at least."""
 PREFILL_PART = 8
 """One in so many positions of a full step is prefill's, however little time is left for it."""
 CONSTANT_SHARE = 0.1
@@ -99,6 +105,8 @@ class Pace:
         self._num_rows = 0
         self._context = 0
         self._backlog = 0
+        self._chosen_for = (0, False)
+        """(rows, whether there was a burst of prompts) when the number in flight was looked at last."""
         self._ratio = 0.0
         """What a KV cell weighs against a row."""
 
@@ -133,6 +141,9 @@ class Pace:
         self._num_rows, self._backlog = num_rows, backlog
         if context is not None:
             self._context = context
+        rows, burst = self._chosen_for
+        if burst != self._burst(burst) or not rows <= OTHER_LOAD * num_rows <= OTHER_LOAD**2 * rows:
+            self._choose()
 
     # What follows
 
@@ -184,8 +195,17 @@ class Pace:
             itl_p95_s=self.budget.p95_s(),
         )
 
+    @property
+    def _plenty(self) -> int:
+        """Positions of prompts that fill any number of steps in flight."""
+        return self._limits.step_tokens * self._limits.max_microbatches
+
+    def _burst(self, before: bool) -> bool:
+        return self._backlog >= (self._limits.step_tokens if before else BURST * self._plenty)
+
     def _choose(self) -> None:
         """Look again at how many steps should be in flight."""
+        self._chosen_for = (self._num_rows, self._burst(self._chosen_for[1]))
         if not self.costs.ready:
             return
         self.costs.settle()
@@ -224,9 +244,11 @@ class Pace:
         """[counts, terms] of a step if so many are in flight: they share the decodes, and the prefill that runs
         beside them unless there is enough of it to fill any number of steps."""
         shapes = np.tile(self.times.recent_shape(), (len(counts), 1))
-        plenty = self._limits.step_tokens * self._limits.max_microbatches
-        if self.budget.has_target or self._backlog < plenty:
+        if self.budget.has_target or self._backlog < self._plenty:
             shapes *= (self.num_microbatches / counts)[:, None]
+        elif self._chosen_for[1]:
+            at_hand = min(self._backlog / BACKLOG_STEPS, self._limits.step_tokens)
+            shapes[:, 2] = np.maximum(shapes[:, 2], at_hand)
         shapes[:, 0] = 1.0
         shapes[:, 1] = np.maximum(self._num_rows / counts, 1.0)
         shapes[:, 3] = self._context / counts

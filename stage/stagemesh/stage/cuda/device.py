@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
@@ -56,9 +55,6 @@ class Device(Protocol):
 
     def capture(self, work: Callable[[], None]) -> Graph: ...
 
-    def on(self, stream: Stream) -> AbstractContextManager[None]:
-        """A context in which the stream is current."""
-
     def synchronize(self) -> None: ...
 
 
@@ -100,9 +96,6 @@ class CudaDevice:
         ):
             work()
         return graph
-
-    def on(self, stream: Stream) -> AbstractContextManager[None]:
-        return cast("AbstractContextManager[None]", torch.cuda.stream(cast(Any, stream)))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -2,8 +2,9 @@
 
 The launch path waits for nothing: a step's columns are written to pinned memory that no earlier step still
 uses, copied, and everything else is queued behind the copy on one compute stream. Sampled tokens stay on the
-device, by slot, where the next step's embedding finds them. Decode steps replay a graph of their size; steps
-with prefill launch kernel by kernel.
+device, by slot, where the next step's embedding finds them. Decode steps replay a graph of their size. Of steps with
+some prefill what lies between two attentions is a graph (the piecewise graphs of vLLM and SGLang): attention is
+planned anew for any mix of rows. Steps with much of it launch kernel by kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ import torch
 from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import RankDeal
 from stagemesh.stage.cuda.attention import DeviceAttention, StepColumns
-from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets
+from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets, section_buckets
 from stagemesh.stage.cuda.buffers import StepBuffers
 from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.columns import Layout, RowPlan, fill, filtered_rows, plan_rows
@@ -45,6 +47,8 @@ SPARE_SLOTS = 2
 MIN_CHANGES = 64
 """Block table changes that every graph takes."""
 STEP_TIMEOUT_S = 60.0
+SWEEP, LOGITS_SWEEP = 128, 8
+"""Products are warmed up for every so many positions: which kernel multiplies depends on their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +146,7 @@ class CudaEngine:
         self._first = parts.layers.start == 0
         self._last = parts.layers.stop == parts.config.num_layers
         self._block_size = parts.cache.block_size
-        self._hits = self._misses = 0
+        self._num_steps = {"by a graph": 0, "by graphs between attentions": 0, "without graphs": 0}
         self.links = parts.links
         largest = Layout(
             parts.max_tokens, parts.max_tokens, self._samples_of(parts.max_tokens), parts.max_tokens
@@ -154,7 +158,10 @@ class CudaEngine:
         self._blocks = torch.zeros(parts.cache.tables.numel(), dtype=torch.int32, device=device)
         self._graphs: dict[int, Graph] = {}
         self._summed: dict[int, torch.Tensor] = {}
+        self._section_sums: dict[int, torch.Tensor] = {}
+        self._sections: dict[int, list[Graph]] = {}
         self._buckets = graph_buckets(parts.max_rows)
+        self._section_sizes = section_buckets(parts.max_tokens)
         self._layouts = {
             size: Layout(size, size, self._samples_of(size), max(size, MIN_CHANGES)) for size in self._buckets
         }
@@ -188,15 +195,18 @@ class CudaEngine:
             backends={
                 "attention": parts.attention.name,
                 "all-reduce": parts.reducer.name,
-                "graphs": f"{len(self._graphs)} up to {parts.max_rows} rows" if self._graphs else "off",
+                "graphs": f"{len(self._graphs)} up to {parts.max_rows} rows, between attentions up to "
+                f"{self._section_sizes[-1]} positions"
+                if self._graphs
+                else "off",
                 **parts.backends,
             },
         )
 
     def open(self, lane: stage_pb2.OpenLaneRequest) -> None:
         """Links of the old epoch are broken off before anything is allocated for the new one."""
-        if self._hits or self._misses:
-            log.info("steps so far: %d by graphs, %d without", self._hits, self._misses)
+        if any(self._num_steps.values()):
+            log.info("steps so far: %s", ", ".join(f"{n} {how}" for how, n in self._num_steps.items()))
         self.links.abort()
         self._parts.device.synchronize()
         if lane.max_slots > self._parts.max_slots:
@@ -218,19 +228,20 @@ class CudaEngine:
         index, slot = self._staging.take()
         rows = plan_rows(batch, self._block_size)
         bucket = self._bucket(batch, rows)
-        layout = self._layouts[bucket] if bucket else self._layout_of(batch)
+        section = bucket_for(self._section_sizes, batch.num_tokens) if self._sections else None
+        layout = self._layouts[bucket] if bucket else self._layout_of(batch, section)
         self._stage(slot, layout, batch, rows, inputs, bucket)
         slot.awaited.record()
         self.links.await_ring(batch)
         self._receive(batch, inputs, slot)
         slot.begun.record()
         if bucket:
-            self._hits += 1
+            self._num_steps["by a graph"] += 1
             self._graphs[bucket].replay()
             summed = self._summed[bucket]
         else:
-            self._misses += 1
-            summed = self._compute(layout, batch)
+            self._num_steps["by graphs between attentions" if section else "without graphs"] += 1
+            summed = self._compute(layout, batch, section)
         return self._hand_on(batch, inputs, index, slot, layout if bucket else None, summed)
 
     def _bucket(self, batch: Batch, rows: RowPlan) -> int | None:
@@ -239,9 +250,9 @@ class CudaEngine:
         bucket = bucket_for(self._buckets, rows.num_rows)
         return bucket if bucket and len(batch.changes) <= self._layouts[bucket].changes else None
 
-    def _layout_of(self, batch: Batch) -> Layout:
+    def _layout_of(self, batch: Batch, section: int | None = None) -> Layout:
         return Layout(
-            batch.num_tokens,
+            section or batch.num_tokens,
             len(batch.slots),
             len(batch.sampled_rows) if self._last else 0,
             len(batch.changes),
@@ -289,8 +300,9 @@ class CudaEngine:
     def _columns_of(self, layout: Layout) -> dict[str, torch.Tensor]:
         return {name: self._columns[part] for name, part in layout.columns.items()}
 
-    def _compute(self, layout: Layout, batch: Batch | None) -> torch.Tensor:
-        """Launch a step's kernels; without a batch, what the graph of a bucket's layout is captured from."""
+    def _compute(self, layout: Layout, batch: Batch | None, section: int | None = None) -> torch.Tensor:
+        """Launch a step's kernels, with the graphs of a section size or one by one; without a batch, what the graph
+        of a bucket's layout is captured from."""
         parts = self._parts
         column = self._columns_of(layout)
         if layout.changes:
@@ -312,10 +324,22 @@ class CudaEngine:
             prefill_begins=column["prefill_begins"],
             blocks=self._blocks,
         )
-        summed = parts.model.layers(layout.tokens, column["cells"], columns)
+        if section and batch is not None:
+            summed = self._run_sections(section, batch.num_tokens, columns)
+        else:
+            summed = parts.model.layers(layout.tokens, column["cells"], columns)
         if layout.samples:
             self._sample(column, summed, layout.samples, batch)
         return summed
+
+    def _run_sections(self, size: int, num_tokens: int, columns: StepColumns) -> torch.Tensor:
+        """The layers, by the graphs between attentions. Positions that fill up the size are nobody's."""
+        graphs = self._sections[size]
+        for index, graph in enumerate(graphs[:-1]):
+            graph.replay()
+            self._parts.model.attend(index, num_tokens, columns)
+        graphs[-1].replay()
+        return self._section_sums[size]
 
     def _sample(
         self, column: dict[str, torch.Tensor], summed: torch.Tensor, count: int, batch: Batch | None
@@ -419,13 +443,23 @@ class CudaEngine:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Run every kernel once, with the largest step first: types and shapes compile here, memory is found."""
+        """Run every kernel once, with the largest step first: types and shapes compile here, memory is found.
+
+        A kernel that is loaded while links are open waits for a spinning receive (rule 9): a stage whose prefill met a new
+        kernel stood still for as long as the next stage's step took.
+        """
         parts = self._parts
         longest = min(parts.max_tokens, parts.cache.tables.shape[1] * self._block_size)
         whole, rest = divmod(parts.max_tokens, longest)
         largest = [longest] * whole + ([rest] if rest else [])
-        for counts in (largest, [1, min(2, longest)], [1]):
-            batch = padding_batch(counts, parts.cache.scratch_slot)
+        steps = [(largest, 0)]
+        # Attention tiles by the mean number of queries, and splits what has far more cells than queries.
+        for count in (1, 2, 8, 64):
+            most = min(count, longest)
+            steps += [([1, most], 0), ([most], longest - most), ([1, 1, most], longest - most)]
+        steps.append(([1], 0))
+        for counts, start in steps:
+            batch = padding_batch(counts, parts.cache.scratch_slot, start)
             _, slot = self._staging.take()
             layout = self._layout_of(batch)
             self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), None)
@@ -434,6 +468,21 @@ class CudaEngine:
             torch.add(parts.buffers.residual[:count], summed, out=parts.buffers.normed[:count])
             parts.device.synchronize()
             slot.in_use = False
+        self._columns.zero_()
+        for size in range(SWEEP, parts.max_tokens + 1, SWEEP):
+            for count in (size - 1, size):
+                self._run_products(count)
+        self._blocks.zero_()
+        for count in (1, *range(LOGITS_SWEEP, parts.buffers.logits.shape[0] + 1, LOGITS_SWEEP)):
+            if self._last:
+                parts.model.logits(parts.buffers.residual[:count], self._blocks[:count])
+        parts.device.synchronize()
+
+    def _run_products(self, count: int) -> None:
+        """Every product of a layer, of so many positions that nobody has; the columns must be zero."""
+        column = self._columns_of(Layout(count, 0, 0, 0))
+        for index in (0, 1):
+            self._parts.model.section(index, count, column["cells"], column["positions"])
 
     def _no_inputs(self, batch: Batch) -> StepInputs:
         return StepInputs(arrived_ns=0, tokens=batch.given_tokens if self._first else None)
@@ -441,6 +490,7 @@ class CudaEngine:
     @torch.inference_mode()
     def _capture(self, progress: Callable[[int, int], None] | None) -> None:
         device = self._parts.device
+        total = len(self._buckets) + len(self._section_sizes)
         for done, size in enumerate(reversed(self._buckets)):
             layout = self._layouts[size]
             _, slot = self._staging.take()
@@ -458,10 +508,30 @@ class CudaEngine:
             device.synchronize()
             slot.in_use = False
             if progress is not None:
-                progress(done + 1, len(self._buckets))
+                progress(done + 1, total)
+        for done, size in enumerate(reversed(self._section_sizes), len(self._buckets)):
+            self._capture_sections(size)
+            if progress is not None:
+                progress(done + 1, total)
+
+    def _capture_sections(self, size: int) -> None:
+        """The graphs between attentions for steps of so many positions, which lie where such a step's do."""
+        model, device = self._parts.model, self._parts.device
+        column = self._columns_of(Layout(size, 0, 0, 0))
+        cells, positions = column["cells"], column["positions"]
+
+        def section(index: int) -> None:
+            self._section_sums[size] = model.section(index, size, cells, positions)
+
+        self._columns.zero_()
+        self._run_products(size)  # once without a graph: kernels load
+        device.synchronize()
+        self._sections[size] = [
+            device.capture(partial(section, index)) for index in range(model.num_sections)
+        ]
 
 
-def padding_batch(counts: list[int], slot: int) -> Batch:
+def padding_batch(counts: list[int], slot: int, start: int = 0) -> Batch:
     """Rows of a slot that nobody has, all positions at cell 0: what warms up before a lane opens.
 
     Their sampling asks for everything there is.
@@ -473,7 +543,7 @@ def padding_batch(counts: list[int], slot: int) -> Batch:
         number=0,
         slots=np.full(rows, slot),
         counts=lengths,
-        starts=np.zeros(rows, np.int64),
+        starts=np.full(rows, start, np.int64),
         offsets=ends - lengths,
         positions=np.zeros(total, np.int64),
         cells=np.zeros(total, np.int64),

@@ -2,9 +2,10 @@
 
 A link is one small communicator for each pair of ranks, so that a stage comes and goes without the others.
 The rank of the receiving side that a sender serves is r mod its group's size; each receiver gets everything.
-Sends run on streams of their own, ordered by events behind what they send; activations are received on the
-compute stream, which has nothing to do before they are there; the ring has a stream and communicators of its
-own, so that tokens never queue behind activations (rules 8 to 12 in docs/architecture.md).
+Sends run on streams of their own, ordered by events behind what they send; the ring has communicators of its own, so that
+tokens never queue behind activations (rules 8 to 12 in docs/architecture.md). Receives run on the compute stream,
+which has nothing to do before they are there: a receive that spins beside a step's kernels keeps a multiprocessor
+from them, and a kernel that is loaded then waits for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +66,7 @@ class DeviceLinks(NoLinks):
         """The step was launched here: its tokens will come round."""
 
     def await_ring(self, batch: Batch) -> None:
-        """Let the compute stream wait for the tokens that the step takes."""
+        """Receive the tokens that the step takes."""
 
 
 @dataclass(slots=True)
@@ -158,7 +160,9 @@ class NcclLinks(DeviceLinks):
         self._links: dict[tuple[int, bool], _Link] = {}
         self._depth = 0
         self._num_expected = 0
-        self._expected: dict[int, Event] = {}
+        self._expected: deque[tuple[int, torch.Tensor]] = deque()
+        """(step, int64 [S] slots) whose tokens have not been received."""
+        self._unanswered = 0
         self._buffers: dict[str, torch.Tensor] = {}
         self._sent: dict[str, list[Event | None]] = {}
         self._abort_lock = threading.Lock()
@@ -174,6 +178,7 @@ class NcclLinks(DeviceLinks):
 
     def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
         self._epoch = lane.epoch
+        self._unanswered = lane.depth
         self._expected.clear()
         self._num_expected = 0
         self._depth = depth
@@ -186,11 +191,12 @@ class NcclLinks(DeviceLinks):
         else:
             self._keep("tokens", depth, samples, torch.int32, device)
         if lane.stage_index == 0:
-            self._keep("ring", depth, samples, torch.int32, device)
-            self._keep("slots", depth, samples, torch.int64, device)
-            if "pinned" not in self._buffers or self._buffers["pinned"].shape[0] < depth:
-                self._buffers["pinned"] = self._device.pinned(depth * samples, torch.int64).view(
-                    depth, samples
+            self._keep("ring", 1, samples, torch.int32, device)
+            # One more than steps may be staged: a step's copy is queued behind what marks its end.
+            self._keep("slots", depth + 1, samples, torch.int64, device)
+            if "pinned" not in self._buffers or self._buffers["pinned"].shape[0] < depth + 1:
+                self._buffers["pinned"] = self._device.pinned((depth + 1) * samples, torch.int64).view(
+                    depth + 1, samples
                 )
 
     def prepare(self, kind: int) -> bytes:
@@ -288,31 +294,29 @@ class NcclLinks(DeviceLinks):
         self._mark_sent("tokens", index, self._ring)
 
     def expect_ring(self, batch: Batch) -> None:
-        """Post the receive of the step's tokens, and their way to their slots, on the ring's stream.
-
-        A slot takes its token while the compute stream may run any later step: no such step reads the slot's
-        token before its own input step's event, and a token is only followed by one that was made from it.
-        """
+        """Keep where the step's tokens will go."""
         count = len(batch.sampled_slots)
         if not self.receives_ring or not count:
             return
-        index = self._num_expected % self._depth
+        index = self._num_expected % (self._depth + 1)
         self._num_expected += 1
-        pinned = self._buffers["pinned"][index]
+        pinned, slots = self._buffers["pinned"][index], self._buffers["slots"][index, :count]
         pinned.numpy()[:count] = batch.sampled_slots
-        tokens, slots = self._buffers["ring"][index, :count], self._buffers["slots"][index, :count]
-        with self._device.on(self._ring):
-            slots.copy_(pinned[:count], non_blocking=True)
-            self._get(self._links[RING, False], tokens, self._ring)
-            self._slot_tokens.index_copy_(0, slots, tokens)
-        came = self._device.event()
-        came.record(self._ring)
-        self._expected[batch.number] = came
-        self._expected.pop(batch.number - 1024, None)
+        slots.copy_(pinned[:count], non_blocking=True)
+        self._expected.append((batch.number, slots))
 
     def await_ring(self, batch: Batch) -> None:
-        if self.receives_ring and batch.newest_input:
-            self._compute.wait_event(self._expected[batch.newest_input])
+        """Receive tokens in order of steps, as far as this step needs them.
+
+        Those of steps that were answered before this one was sent are received too, whoever wants them: nothing waits
+        for them, and no more than the lane's depth pile up in the link.
+        """
+        due = max(batch.newest_input, batch.number - self._unanswered)
+        while self._expected and self._expected[0][0] <= due:
+            _, slots = self._expected.popleft()
+            tokens = self._buffers["ring"][0, : slots.shape[0]]
+            self._get(self._links[RING, False], tokens, self._compute)
+            self._slot_tokens.index_copy_(0, slots, tokens)
 
     def _refresh(self) -> None:
         self.sends_hidden = (ACTIVATIONS, True) in self._links

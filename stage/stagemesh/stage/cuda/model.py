@@ -107,38 +107,73 @@ class DeviceLlama:
         Returns:
             The last partial result, [T, hidden]: residual + it is what the stage hands on.
         """
-        buffers, cache = self._buffers, self._attention.cache
+        for index in range(len(self._layers)):
+            self.section(index, num_tokens, cells, columns.positions)
+            self.attend(index, num_tokens, columns)
+        return self.section(len(self._layers), num_tokens, cells, columns.positions)
+
+    @property
+    def num_sections(self) -> int:
+        """Of `section`: before, between and behind the attentions."""
+        return len(self._layers) + 1
+
+    def attend(self, index: int, num_tokens: int, columns: StepColumns) -> None:
+        """The attention of layer `index` of this stage, of T positions."""
+        buffers = self._buffers
+        self._attention.attend(index, buffers.qkv[:num_tokens], buffers.attended[:num_tokens], columns)
+
+    def section(
+        self, index: int, num_tokens: int, cells: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What runs between two attentions: layer `index - 1` behind its own, layer `index` before its.
+
+        Returns:
+            The sum that layer `index - 1` ends with, [T, hidden]; of the first section the residuals.
+        """
+        summed = self._finish(self._layers[index - 1], num_tokens) if index else None
+        if index < len(self._layers):
+            self._begin(index, num_tokens, summed, cells, positions)
+        return self._buffers.residual[:num_tokens] if summed is None else summed
+
+    def _begin(
+        self,
+        index: int,
+        num_tokens: int,
+        summed: torch.Tensor | None,
+        cells: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        layer, cache = self._layers[index], self._attention.cache
+        residual, normed = self._buffers.residual[:num_tokens], self._buffers.normed[:num_tokens]
+        if summed is None:
+            rms_norm(residual, layer.attn_norm, self._eps, normed)
+        else:
+            add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed)
+        qkv = self._buffers.qkv[:num_tokens]
+        torch.mm(normed, layer.qkv, out=qkv)
+        rope_append(
+            qkv,
+            positions,
+            cells,
+            self._table,
+            cache.cells[index, 0],
+            cache.cells[index, 1],
+            num_heads=self._heads,
+            num_kv_heads=self._kv_heads,
+        )
+
+    def _finish(self, layer: LayerWeights, num_tokens: int) -> torch.Tensor:
+        buffers = self._buffers
         residual, normed = buffers.residual[:num_tokens], buffers.normed[:num_tokens]
-        qkv, attended = buffers.qkv[:num_tokens], buffers.attended[:num_tokens]
         gate_up, activated = buffers.gate_up[:num_tokens], buffers.activated[:num_tokens]
         partial = buffers.partial[:num_tokens]
-        summed: torch.Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            if summed is None:
-                rms_norm(residual, layer.attn_norm, self._eps, normed)
-            else:
-                add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed)
-            torch.mm(normed, layer.qkv, out=qkv)
-            rope_append(
-                qkv,
-                columns.positions,
-                cells,
-                self._table,
-                cache.cells[index, 0],
-                cache.cells[index, 1],
-                num_heads=self._heads,
-                num_kv_heads=self._kv_heads,
-            )
-            self._attention.attend(index, qkv, attended, columns)
-            torch.mm(attended, layer.o, out=partial)
-            summed = self._reducer.sum(partial)
-            add_rms_norm(summed, residual, layer.mlp_norm, self._eps, normed)
-            torch.mm(normed, layer.gate_up, out=gate_up)
-            silu_mul(gate_up, activated)
-            torch.mm(activated, layer.down, out=partial)
-            summed = self._reducer.sum(partial)
-        assert summed is not None
-        return summed
+        torch.mm(buffers.attended[:num_tokens], layer.o, out=partial)
+        summed = self._reducer.sum(partial)
+        add_rms_norm(summed, residual, layer.mlp_norm, self._eps, normed)
+        torch.mm(normed, layer.gate_up, out=gate_up)
+        silu_mul(gate_up, activated)
+        torch.mm(activated, layer.down, out=partial)
+        return self._reducer.sum(partial)
 
     def logits(self, summed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """This rank's part of the logits of int32 rows [S], [S, vocab part]; last stage only."""
