@@ -17,6 +17,7 @@ from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.served_model import load_served_model
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.config import RouterConfig
+from stagemesh.router.scheduler.pace import preload
 from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.router.worker.pool import WorkerPool
 from stagemesh.v1 import admin_pb2
@@ -85,6 +86,7 @@ async def _serve(config: RouterConfig) -> None:
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
     if metrics:
         metrics.announce()
+    preload()
     settle()
     lane = asyncio.create_task(requests.lane.run())
     waiter = asyncio.create_task(stopped.wait())

@@ -53,8 +53,7 @@ class CostModel:
         self._gram = np.zeros((num_stages, NUM_TERMS, NUM_TERMS))
         self._moment = np.zeros((num_stages, NUM_TERMS))
         self._num_steps = np.zeros(num_stages, np.int64)
-        # Zero. That the solver is loaded takes tens of milliseconds, which no step should find in its way.
-        self._coefficients = self._solve()
+        self._coefficients = np.zeros((num_stages, NUM_TERMS))
         self._stale = False
         self._expected = np.zeros((num_stages, NUM_TERMS))
         """What outliers are told by. Not the coefficients, which are also solved for when somebody looks: what is

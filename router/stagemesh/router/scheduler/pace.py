@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stagemesh.router.scheduler.cost_model import CostModel, shape_of
+from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
 from stagemesh.router.scheduler.limits import Limits
 from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
 from stagemesh.router.scheduler.prefill_budget import PrefillBudget
@@ -142,7 +142,11 @@ class Pace:
         if context is not None:
             self._context = context
         rows, burst = self._chosen_for
-        if burst != self._burst(burst) or not rows <= OTHER_LOAD * num_rows <= OTHER_LOAD**2 * rows:
+        if burst != self._burst(burst):
+            if burst:
+                self.times.begin_anew()
+            self._choose()
+        elif not rows <= OTHER_LOAD * num_rows <= OTHER_LOAD**2 * rows:
             self._choose()
 
     # What follows
@@ -253,3 +257,29 @@ class Pace:
         shapes[:, 1] = np.maximum(self._num_rows / counts, 1.0)
         shapes[:, 3] = self._context / counts
         return shapes
+
+
+def preload() -> None:
+    """Choose once for a lane that is nobody's: what numpy loads when it is used first takes tens of milliseconds, which no
+    step should find in its way."""
+    limits = Limits(
+        num_blocks=1,
+        block_size=1,
+        max_slots=1,
+        max_blocks=1,
+        max_waiting=1,
+        step_tokens=1,
+        num_stages=2,
+        num_microbatches=2,
+        max_microbatches=4,
+        depth=5,
+        lookahead=1,
+    )
+    pace, none = Pace(limits), np.zeros(0, np.int64)
+    for number in range(1, MIN_STEPS + 1):
+        pace.sent(number, 1, 1, none, none, number - 1, float(number))
+        pace.answered(number, number + 0.5)
+        for stage in range(limits.num_stages):
+            pace.reported(stage, np.array([number]), np.array([[number, 0, 1, 1, 1000, 1]]))
+    pace.running(1, 1, 0)
+    pace.state()

@@ -95,7 +95,7 @@ class PipelineTimes:
         self._wait = np.zeros((STEPS_KEPT, num_stages))
         self._before = np.zeros((STEPS_KEPT, num_stages))
         self._newest = 0
-        self._recent, self._recent_at = np.zeros(self._shapes.shape[1]), 0
+        self._recent, self._recent_at, self._recent_from = np.zeros(self._shapes.shape[1]), 0, 0
 
     def sent(self, number: int, shape: Float64, newest_input: int, now: float) -> None:
         """A step is on its way; it takes tokens of steps up to `newest_input`."""
@@ -168,10 +168,14 @@ class PipelineTimes:
     def recent_shape(self) -> Float64:
         """[terms] of the last steps, on average."""
         if self._recent_at != self._newest:
-            where = self._window(RECENT)
+            where = self._window(min(RECENT, self._newest - self._recent_from))
             self._recent = self._shapes[where].mean(axis=0) if len(where) else np.zeros(self._shapes.shape[1])
             self._recent_at = self._newest
         return self._recent.copy()
+
+    def begin_anew(self) -> None:
+        """The load has become another one: steps so far say nothing of those to come."""
+        self._recent_from, self._recent_at = self._newest, 0
 
     def _window(self, count: int = WINDOW) -> Int64:
         numbers = np.arange(max(1, self._newest - count + 1), self._newest + 1)
