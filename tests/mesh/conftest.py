@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mesh_models import LEDGER, make_model, save_sharded
+from mesh_models import LEDGER, SIMULATED, make_model, save_sharded
 from mesh_processes import Service, start_stage
 from running_mesh import RunningMesh
 from transformers import LlamaForCausalLM
@@ -37,6 +38,15 @@ def reference() -> LlamaForCausalLM:
 def small(reference: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six layers of 96, sharded."""
     return save_sharded(reference, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Path:
+    """A model for simulated engines."""
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SIMULATED))
+    return folder
 
 
 @pytest.fixture(scope="session")

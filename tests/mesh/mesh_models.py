@@ -12,6 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 MAX_CONTEXT = 2048
 NEAR_TIE = 1e-3
+SIMULATED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+"""config.json of a model for simulated engines, which need its shape alone."""
 MAX_EXCUSED_SHARE = 0.01
 
 

@@ -26,16 +26,17 @@ class Service:
         name: For messages and the log's file name.
         args: Of `stagemesh`.
         folder: Where the log goes.
+        prefix: A command that runs the rest of its line in its own place.
     """
 
-    def __init__(self, name: str, args: Sequence[str], folder: Path) -> None:
+    def __init__(self, name: str, args: Sequence[str], folder: Path, prefix: Sequence[str] = ()) -> None:
         self.name = name
         self.log = folder / f"{name}-{time.monotonic_ns()}.log"
         # The children must not outlive the tests, however these end.
         environment = {**os.environ, "STAGEMESH_PDEATHSIG": str(os.getpid())}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "stagemesh.client.cli", *args],
+                [*prefix, sys.executable, "-m", "stagemesh.client.cli", *args],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -108,6 +109,7 @@ def start_stage(
     tp: int = 1,
     listen: str = "127.0.0.1:0",
     flags: Sequence[str] = (),
+    prefix: Sequence[str] = (),
 ) -> Service:
     """`stagemesh stage`; it listens soon, and is ready later."""
     args = [
@@ -121,7 +123,7 @@ def start_stage(
         "--listen",
         listen,
     ]
-    return Service(f"stage{index}", [*args, "--threads", "1", "--shared-cores", *flags], folder)
+    return Service(f"stage{index}", [*args, "--threads", "1", "--shared-cores", *flags], folder, prefix)
 
 
 def start_router(folder: Path, model: Path, addresses: Sequence[str], flags: Sequence[str] = ()) -> Service:

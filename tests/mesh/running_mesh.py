@@ -24,6 +24,7 @@ class RunningMesh:
         tps: Ranks of each stage.
         stage_flags: Further flags of every stage.
         own_flags: And of each one alone.
+        own_prefix: Of the command of each one alone.
         router_flags: Further flags of the router.
     """
 
@@ -35,6 +36,7 @@ class RunningMesh:
         *,
         stage_flags: Sequence[str] = ("--kv-memory", "16MiB"),
         own_flags: Sequence[Sequence[str]] = (),
+        own_prefix: Sequence[Sequence[str]] = (),
         router_flags: Sequence[str] = (),
     ) -> None:
         self.folder = folder
@@ -42,6 +44,7 @@ class RunningMesh:
         self.tps = tuple(tps)
         self._stage_flags = stage_flags
         self._own_flags = own_flags
+        self._own_prefix = own_prefix
         self.router_flags = router_flags
         self._channels: list[grpc.Channel] = []
         self.stages: list[Service] = []
@@ -139,4 +142,5 @@ class RunningMesh:
             tp=self.tps[index],
             listen=listen,
             flags=(*self._stage_flags, *(self._own_flags[index] if self._own_flags else ())),
+            prefix=self._own_prefix[index] if self._own_prefix else (),
         )

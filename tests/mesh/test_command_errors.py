@@ -227,6 +227,37 @@ def test_unknown_key_in_mesh_yaml(capsys: pytest.CaptureFixture[str], tmp_path: 
         assert "mesh.yaml" in said
 
 
+@pytest.mark.parametrize("command", [("router",), ("stage", "--index", "0"), ("up",), ("simulate",)])
+def test_a_file_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_bytes(b"model: \xff\xfe\n")
+    said = only_line(capsys, *command, *(() if command[0] == "simulate" else ("--config",)), str(file))
+    assert "mesh.yaml: not UTF-8" in said
+
+
+@pytest.mark.parametrize("line", [stage_line, router_line, up_line])
+def test_names_that_no_model_can_have(capsys: pytest.CaptureFixture[str], line) -> None:
+    assert "a..b/c" in line(capsys, "a..b/c")
+    assert "--model is empty" in line(capsys, "")
+
+
+def test_files_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    for key in ("--step-log", "--event-log"):
+        assert f"{key}: " in router_line(capsys, small, key, str(tmp_path / "nowhere" / "log"))
+    assert "--ready-file: " in up_line(capsys, small, "--ready-file", str(tmp_path / "nowhere" / "file"))
+
+
+def test_a_script_that_does_not_parse_starts_no_simulated_stage(
+    capsys: pytest.CaptureFixture[str], small: Path
+) -> None:
+    said = stage_line(capsys, small, "--engine", "sim", "--cost", "much")
+    assert "--cost: 'much'" in said
+
+
 @pytest.fixture
 def taken() -> Iterator[str]:
     """The address of somebody who listens."""
@@ -241,6 +272,16 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str], small: Path, taken: str
         said = only_line(capsys, command, "--model", str(small), *flags, key, taken)
         assert key in said
         assert taken in said
+
+
+def test_a_metrics_port_in_use_is_all_a_router_ends_with(small: Path, tmp_path: Path, taken: str) -> None:
+    """Its public server listens by then."""
+    router = start_router(tmp_path, small, ["127.0.0.1:9"], ("--metrics", taken))
+    try:
+        assert router.process.wait(START_TIMEOUT_S) == 2
+        assert taken in check_line(router.log.read_text())
+    finally:
+        router.kill()
 
 
 def test_port_of_another_stage(lone_stage: Service, wide: Path, tmp_path: Path) -> None:
@@ -284,6 +325,7 @@ def test_a_chain_that_does_not_fit(
         (("--tp", "99"), "--tp is 99, but the model has"),
         (("--kv-memory", "1KiB"), "--kv-memory 1024: one KV block"),
         (("--max-context", "9999999"), "--max-context 9999999: the model's context is"),
+        (("--log-level", "loud"), "--log-level: 'loud' is not a level"),
     ],
 )
 def test_up_starts_nothing_that_cannot_be(

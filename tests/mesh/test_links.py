@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 from mesh_calls import generate, make_prompt
 from running_mesh import RunningMesh
-from test_simulated_mesh import SHAPE
 
 SIM = ("--engine", "sim", "--cost", "1ms")
-
-
-@pytest.fixture
-def shape(tmp_path: Path) -> Path:
-    folder = tmp_path / "shape"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 512}))
-    return folder
+ELSEWHERE = (
+    "unshare",
+    "--map-root-user",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -t tmpfs none "$TMPDIR" && exec "$@"',
+    "sh",
+)
+"""Runs a command that sees another $TMPDIR than everybody else."""
 
 
 def test_a_socket_that_cannot_be_made_and_a_transport_that_is_forced(
@@ -52,3 +55,23 @@ def test_a_socket_that_cannot_be_made_and_a_transport_that_is_forced(
         assert generate(mesh, make_prompt(5), 8, seed=3).token_ids == expected
     finally:
         mesh.close()
+
+
+def test_stages_that_share_a_host_and_no_folder(
+    shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two containers do: the same boot id, sockets that only one of them can see."""
+    sockets = tempfile.mkdtemp(dir="/tmp")  # tmp_path is too long for a socket
+    monkeypatch.setenv("TMPDIR", sockets)
+    if not shutil.which("unshare") or subprocess.run([*ELSEWHERE, "true"], check=False).returncode:
+        pytest.skip("no namespaces may be made here")
+    mesh = RunningMesh(tmp_path, shape, (1, 1), stage_flags=SIM, own_prefix=((), ELSEWHERE))
+    try:
+        lane = mesh.wait_ready()
+        assert [stage.link_transport for stage in lane.stages] == ["grpc"] * 2
+        for stage in lane.stages:
+            assert "cannot be opened here: No such file or directory" in stage.link_reason
+        assert len(generate(mesh, make_prompt(5), 8).token_ids) == 8
+    finally:
+        mesh.close()
+        shutil.rmtree(sockets)

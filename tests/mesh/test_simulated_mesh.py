@@ -18,19 +18,6 @@ from stagemesh.router.simulate.spec import parse
 from stagemesh.v1 import inference_pb2 as pb
 
 PROMPT, OUTPUT, STEP_TOKENS = 50, 12, 16
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 100,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
-
 Rows = list[tuple[int, bool]]
 
 
@@ -59,16 +46,6 @@ def simulated_steps(lookahead: int) -> list[Rows]:
     return steps
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """Simulated engines need its shape alone."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    (tmp_path / "logs").mkdir()
-    return folder
-
-
 def ask(mesh: RunningMesh) -> list[int]:
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=range(3, 3 + PROMPT)), max_tokens=OUTPUT, temperature=0.0, ignore_eos=True
@@ -77,10 +54,10 @@ def ask(mesh: RunningMesh) -> list[int]:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_request_takes_the_same_steps(tmp_path: Path, model: Path, lookahead: int) -> None:
+def test_a_request_takes_the_same_steps(tmp_path: Path, shape: Path, lookahead: int) -> None:
     mesh = RunningMesh(
-        tmp_path / "logs",
-        model,
+        tmp_path,
+        shape,
         [1, 1],
         stage_flags=("--engine", "sim", "--cost", "1ms"),
         router_flags=("--lookahead", str(lookahead), "--step-tokens", str(STEP_TOKENS)),
@@ -101,11 +78,11 @@ def plan(mesh: RunningMesh) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False)
 
 
-def test_a_plan_from_the_step_times_of_a_live_mesh(tmp_path: Path, model: Path) -> None:
+def test_a_plan_from_the_step_times_of_a_live_mesh(tmp_path: Path, shape: Path) -> None:
     """Three layers that take 30 ms and one that takes 10: two and two is what equalizes them."""
     mesh = RunningMesh(
-        tmp_path / "logs",
-        model,
+        tmp_path,
+        shape,
         [1, 1],
         stage_flags=("--engine", "sim"),
         own_flags=(("--layers", "0:3", "--cost", "30ms"), ("--layers", "3:4", "--cost", "10ms")),

@@ -72,6 +72,24 @@ def test_unset_fields_take_the_models_generation_config() -> None:
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 0.9)
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_token_of_the_tokenizer_that_the_model_does_not_have(kind: str) -> None:
+    """Added to the tokenizer and never to the embedding; on a stage it would be an index out of range."""
+
+    class Larger(LetterTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [VOCAB_SIZE if letter == "!" else 1 for letter in text]
+
+    chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="a!b")])
+    fields: dict[str, Any] = {"text": {"text": "a!b"}, "chat": {"chat": chat}}[kind]
+    with pytest.raises(
+        InvalidArgumentError, match=f"{kind} has token {VOCAB_SIZE} of the tokenizer"
+    ) as caught:
+        checked(model(tokenizer=Larger()), **fields)
+    assert (caught.value.reason, caught.value.field) == ("BAD_FIELD", kind)
+    assert checked(model(tokenizer=Larger()), text="ab").prompt.tolist() == [1, 1]
+
+
 def test_zero_is_not_unset() -> None:
     served = model(generation=GenerationDefaults(temperature=0.6, top_k=20, top_p=0.9))
     sampling = checked(served, temperature=0.0, top_k=0, top_p=1.0, seed=0).sampling

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_router import WAIT_S, ScriptedRouter, endless, refusal
+from scripted_router import WAIT_S, ScriptedRouter, endless, refusal, words
 
 from stagemesh.client import UnavailableError
 from stagemesh.client.cli import main
@@ -127,6 +127,53 @@ def test_an_error_after_text_has_a_line_of_its_own(
     router.script = lost
     code, out, err = run("generate", "hi", "--request-id", "r", "--address", router.address, capsys=capsys)
     assert (code, out, err) == (1, "Hel\n", "error: stage 1 went away (request r)\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("generate", "--bogus"), "--bogus; see stagemesh generate --help"),
+        (("generate", "hi", "--max-tokens", "x"), "'--max-tokens': "),
+        (("bogus",), "'bogus'; see stagemesh --help"),
+        (("--debug",), "see stagemesh --help"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_too(
+    args: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGEMESH_DEBUG", "")
+    code, out, err = run(*args, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_command_it_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys=capsys)
+    assert code == 0
+    assert "Stream the continuation of a prompt." in out
+
+
+def test_what_a_terminal_cannot_show_is_no_reason_to_stop(router: ScriptedRouter) -> None:
+    router.script = words("na\u00efve ", "\u4f60\u597d")
+    command = [*COMMAND, "generate", "hi", "--address", router.address]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WAIT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "na?ve ??\n", "")
+
+
+def test_a_reader_that_leaves_ends_generate_without_a_word(router: ScriptedRouter) -> None:
+    router.script = endless
+    command = [*COMMAND, "generate", "hi", "--address", router.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.read(3) == "xxx"
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait(WAIT_S)) == ("", 1)
+    process.stderr.close()
+    assert router.has_ended(0)
 
 
 def test_debug_gives_the_traceback(router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +332,9 @@ def test_top_shows_stages_and_rates(router: ScriptedRouter, capsys: pytest.Captu
 def test_trace_has_a_row_for_each_stage_and_phase(
     router: ScriptedRouter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    phase = admin_pb2.PhaseTrace(num_steps=15, queue_ms=1.25, wait_ms=2.5, compute_ms=30, send_ms=4)
+    phase = admin_pb2.PhaseTrace(
+        num_steps=15, queue_ms=1.25, wait_ms=2.5, compute_ms=30, send_ms=4, bubble_share=0.07
+    )
     stages = [admin_pb2.StageTrace(stage_index=index, prefill=phase, decode=phase) for index in (0, 1)]
     router.traces["r1"] = admin_pb2.GetRequestTraceResponse(
         request_id="r1", state="finished", prompt_tokens=3, output_tokens=16, ttft_ms=12.5, stages=stages
@@ -295,7 +344,7 @@ def test_trace_has_a_row_for_each_stage_and_phase(
     rows = [line.split() for line in out.splitlines() if " prefill " in line or " decode " in line]
     assert [row[:2] for row in rows] == [["0", "prefill"], ["0", "decode"], ["1", "prefill"], ["1", "decode"]]
     assert rows[0][2:8] == ["15", "1.2", "2.5", "0.0", "30.0", "4.0"]
-    assert rows[0][-2:] == ["4.0", "7%"], "transfer, and wait over wait and step"
+    assert rows[0][-2:] == ["4.0", "7%"], "transfer, and the bubble share"
     bars = [line for line in out.splitlines() if line.startswith("stage 1  ")]
     assert len(bars) == 1
     assert bars[0].count("█") > bars[0].count("▒") > 0

@@ -246,6 +246,37 @@ def test_a_missing_extra_is_one_line(command: str, extra: str) -> None:
     assert done.stderr == f"{expected}pip install 'stagemesh[{extra}]'\n"
 
 
+@pytest.mark.parametrize("module", ["torch", "safetensors"])
+def test_an_engine_that_is_not_installed_is_missed_before_anything_starts(module: str) -> None:
+    """Its workers would find out, each with a traceback."""
+    done = run_without({module}, "stage", "--model", "/nowhere", "--listen", "127.0.0.1:0")
+    expected = f"error: stagemesh stage needs packages that are not installed (found no '{module}'): "
+    assert (done.returncode, done.stderr) == (1, f"{expected}pip install 'stagemesh[stage]'\n")
+
+
+@pytest.mark.parametrize("command", ["stage", "router"])
+@pytest.mark.parametrize("module", ["grpc_reflection", "prometheus_client"])
+def test_what_a_server_imports_late_is_one_line_too(command: str, module: str, tmp_path: Path) -> None:
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    port = "127.0.0.1:0"
+    flags = {"stage": ("--engine", "sim"), "router": ("--stages", "127.0.0.1:9", "--admin", port)}[command]
+    common = ("--model", str(tmp_path), "--listen", port, "--metrics", port)
+    done = run_without({module}, command, *common, *flags)
+    expected = f"error: stagemesh {command} needs packages that are not installed (found no '{module}'): "
+    assert (done.returncode, done.stderr) == (1, f"{expected}pip install 'stagemesh[{command}]'\n")
+
+
 def test_logs_have_one_format(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from scripted_router import ScriptedRouter, endless, refusal, words
@@ -25,10 +28,13 @@ from stagemesh.client import (
     ResourceExhaustedError,
     StageLostError,
     StagemeshError,
+    TokenStream,
     UnavailableError,
     UnimplementedError,
     Usage,
 )
+from stagemesh.client._exchange import Exchange
+from stagemesh.client._request import MAX_REQUEST_BYTES
 from stagemesh.v1 import inference_pb2 as pb
 
 
@@ -102,6 +108,13 @@ def test_the_three_kinds_of_prompt(router: ScriptedRouter, client: Client) -> No
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"token_ids": [-1]}, "token_ids"),
         ({"prompt": 3}, "text"),
+        ({"prompt": "a" * MAX_REQUEST_BYTES}, "text"),
+        ({"prompt": "a", "timeout": math.nan}, "timeout"),
+        ({"prompt": "a", "timeout": "5"}, "timeout"),
+        ({"prompt": "a", "metadata": [("Team", "blue")]}, "metadata"),
+        ({"prompt": "a", "metadata": [("team", "bl\u00fce")]}, "metadata"),
+        ({"prompt": "a", "metadata": [("team", "a\nb")]}, "metadata"),
+        ({"prompt": "a", "metadata": [("team-bin", "text")]}, "metadata"),
     ],
 )
 def test_a_value_no_request_can_hold_is_named(
@@ -134,6 +147,14 @@ def test_metadata_and_deadline_reach_the_router(router: ScriptedRouter) -> None:
     assert second.remaining_s is not None
     assert 0 < second.remaining_s < 20.1
     assert third.remaining_s is None or third.remaining_s > 1e6
+
+
+def test_a_timeout_beyond_all_clocks_is_for_ever(router: ScriptedRouter, client: Client) -> None:
+    for timeout in (math.inf, 1e12):
+        assert client.complete("hi", timeout=timeout).text == "Hello world"
+        assert client.model(timeout=timeout).name == "scripted"
+    for seen in router.received:
+        assert seen.remaining_s is None or seen.remaining_s > 1e6
 
 
 def test_the_id_is_known_at_once_and_the_router_has_the_last_word(
@@ -274,6 +295,42 @@ def test_no_server_names_the_address_and_the_request(router: ScriptedRouter) -> 
     with Client(router.address) as client, pytest.raises(UnavailableError) as caught:
         client.complete("hi", request_id="r")
     assert str(caught.value) == f"no connection to {router.address}: Connection refused (request r)"
+
+
+def test_a_server_of_another_kind_names_the_address() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with (
+        Client(address) as client,
+        pytest.raises(UnimplementedError, match=f"{address} does not have this call"),
+    ):
+        client.complete("hi")
+    server.stop(None)
+
+
+def test_a_call_that_is_made_while_its_stream_is_closed_is_cancelled() -> None:
+    calls: list[Call] = []
+
+    class Call:
+        cancelled = False
+
+        def __next__(self) -> pb.GenerateResponse:
+            raise UnavailableError("not now", retry_after_s=0.0)
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    def start(exchange: Exchange) -> Call:
+        if calls:
+            stream.close()  # as another thread may
+        calls.append(Call())
+        return calls[-1]
+
+    exchange = Exchange(pb.GenerateRequest(text="a"), timeout_s=None, retries=1, address="a:1")
+    stream = TokenStream(exchange, start)
+    assert list(stream) == []
+    assert [call.cancelled for call in calls] == [True, True]
 
 
 def test_a_refusal_is_not_retried_unless_asked(router: ScriptedRouter, client: Client) -> None:

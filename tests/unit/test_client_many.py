@@ -150,6 +150,35 @@ def test_nothing_to_ask_is_nothing_to_do(router: ScriptedRouter, many: Run) -> N
 
 
 @both
+def test_long_prompts_go_in_messages_a_router_takes(router: ScriptedRouter, many: Run) -> None:
+    """Whose limit here is gRPC's own, 4 MiB; together they have 12."""
+    router.script = words("ok")
+    answers = many(router, ["a" * (1 << 20)] * 12)
+    assert [answer.text for answer in answers if isinstance(answer, Completion)] == ["ok"] * 12
+
+
+@pytest.mark.parametrize("prompt", [5, None, b"abc"])
+def test_what_is_no_prompt_is_named(router: ScriptedRouter, prompt: Any) -> None:
+    with Client(router.address) as client, pytest.raises(InvalidArgumentError, match=r"prompts\[1\]: "):
+        client.generate_many(["a", prompt])
+
+
+def test_a_message_that_breaks_the_contract_ends_every_request() -> None:
+    class Call:
+        def __next__(self) -> pb.SessionResponse:
+            return pb.SessionResponse(texts=["of nobody"])
+
+        def cancel(self) -> None:
+            pass
+
+    exchange = Exchange(pb.GenerateRequest(text="a"), timeout_s=None, retries=0, address="mesh:1")
+    [(index, chunk)] = list(ManyStream(Many([exchange], max_live=1), lambda requests: Call(), "mesh:1"))
+    assert (index, chunk.finish_reason) == (0, FinishReason.ERROR)
+    assert chunk.error is not None
+    assert chunk.error.reason == "BAD_RESPONSE"
+
+
+@both
 @pytest.mark.parametrize(
     ("prompts", "options", "field"),
     [

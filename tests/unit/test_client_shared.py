@@ -22,8 +22,8 @@ from stagemesh.client import (
     InvalidArgumentError,
     UnavailableError,
 )
-from stagemesh.client._shared import Inbox
-from stagemesh.client._shared_calls import open_shared, open_shared_async
+from stagemesh.client._shared import Inbox, SharedSession
+from stagemesh.client._shared_calls import AsyncSharedCall, open_shared, open_shared_async
 from stagemesh.v1 import inference_pb2 as pb
 
 
@@ -197,6 +197,41 @@ def test_the_session_is_made_anew_where_the_router_was(router: ScriptedRouter) -
                 next(third)
                 assert client.complete("back").text == "back"
             assert len(again.sessions) == 1
+
+
+def test_where_no_session_lasts_each_request_has_a_call_of_its_own(
+    router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next one is not made in vain, again and again, with the client's lock taken."""
+    with Client(router.address) as client, client.generate("endless") as first:
+        next(first)
+        opened: list[SharedSession] = []
+
+        def lost_at_once(*args: Any) -> SharedSession:
+            assert len(opened) < 10
+            opened.append(SharedSession(lambda request: None, ()))
+            opened[-1].lost(UnavailableError("gone"))
+            return opened[-1]
+
+        monkeypatch.setattr(client, "_open_shared", lost_at_once)
+        assert client.complete("alone").text == "alone"
+        assert not router.sessions
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_task_that_is_cancelled_as_a_token_comes_is_cancelled(turns: int) -> None:
+    call = AsyncSharedCall(SharedSession(lambda request: None, ()), "r", 60.0)
+    task = asyncio.create_task(call.read())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    call.inbox.put("x", (1,))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if task.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        assert (await task).text == "x"
 
 
 @pytest.mark.parametrize("on_asyncio", [False, True])

@@ -10,7 +10,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.driving import SPARE_MICROBATCHES, depth_of, limits_of
 from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
-from stagemesh.router.scheduler.pipeline import Hops, choose_num_steps, cycle_s
+from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
 from stagemesh.v1 import stage_pb2
 
 MS = 1e-3
@@ -189,6 +189,33 @@ def test_hops_are_found_whatever_the_stages_clocks_say() -> None:
         state = lane.scheduler.pace.state()
         assert state.ring_s == pytest.approx(3 * MS, rel=0.05)
         assert state.trip_s == pytest.approx(5 * MS, rel=0.1)
+
+
+@pytest.mark.parametrize("polluted_share", [0.0, 0.3, 0.8])
+def test_a_hop_that_was_held_up_does_not_change_the_number_in_flight(polluted_share: float) -> None:
+    """Two stages that keep each other busy with two steps in flight; a hop that stood in a queue looks long."""
+    step_ns, hop_ns, queue_ns = 10_000_000, 100_000, 30_000_000
+    times, generator = PipelineTimes(2), np.random.default_rng(3)
+    numbers, num_steps = np.arange(1, 201), 200
+    for number in numbers.tolist():
+        times.sent(number, shape_of(32, 3200, NO_WORK, NO_WORK), max(number - 2, 0), number * 0.01)
+    late = np.where(generator.random((num_steps, 2)) < polluted_share, queue_ns, 0)
+    begins = np.zeros((num_steps, 2), np.int64)
+    for index in range(num_steps):
+        sampled = begins[index - 2, 1] + step_ns if index >= 2 else 0
+        begins[index, 0] = sampled + hop_ns + late[index, 0]
+        begins[index, 1] = begins[index, 0] + step_ns + hop_ns + late[index, 1]
+    for stage in range(2):
+        report = np.zeros((num_steps, 6), np.int64)
+        report[:, 0], report[:, 2], report[:, 4] = begins[:, stage], 1000, step_ns
+        report[:, 0] -= 1000
+        times.reported(stage, numbers, report)
+    hops = times.hops()
+    assert hops.ring == pytest.approx(0.2 * MS, rel=0.01)
+    step_s = np.array([[5 * MS + 10 * MS / count] * 2 for count in range(1, 5)])
+    clean = choose_num_steps(step_s, np.ones(4), 2, Hops(ring=0.2 * MS), 1)
+    assert choose_num_steps(step_s, np.ones(4), 2, hops, 1) == clean == 2
+    assert (hops.usual_ring > 10 * MS) == (polluted_share > 0)
 
 
 # Lookahead

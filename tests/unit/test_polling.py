@@ -10,7 +10,8 @@ from stagemesh.wire import polling
 def test_the_choice_is_made_once_and_only_for_versions_that_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling.grpc, "__version__", "1.84.3")
     chosen = polling.with_polling({"PATH": "/bin"})
-    assert chosen == {"PATH": "/bin", polling.VARIABLE: polling.CHOICE}
+    fork = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    assert chosen == {"PATH": "/bin", polling.VARIABLE: polling.CHOICE} | fork
     assert polling.with_polling({polling.VARIABLE: ""}) == {polling.VARIABLE: ""}
     monkeypatch.setattr(polling.grpc, "__version__", "1.99.0")
     assert polling.with_polling({"PATH": "/bin"}) == {"PATH": "/bin"}

@@ -15,6 +15,7 @@ from google.rpc import status_pb2
 
 from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.backend import End
+from stagemesh.router.api.checking import check
 from stagemesh.router.api.public_server import PublicServer
 from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.api.session import MAX_REFUSED
@@ -24,8 +25,8 @@ from stagemesh.router.scheduler import Finish, Request
 from stagemesh.router.worker.messages import pack_deltas, pack_submit, unpack_deltas, unpack_submit
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.v1 import inference_pb2_grpc
-from stagemesh.wire.errors import ResourceExhaustedError, UnavailableError
-from stagemesh.wire.status import from_proto
+from stagemesh.wire.errors import InternalError, ResourceExhaustedError, UnavailableError
+from stagemesh.wire.status import from_proto, from_rpc_error
 
 NO_ROWS = np.zeros(0, np.uint32)
 
@@ -288,3 +289,27 @@ def test_frames_between_router_and_worker_keep_what_they_carry() -> None:
     assert unpacked.prompt.tolist() == request.prompt.tolist()
     for name in ("request_id", "max_tokens", "sampling", "end_token_ids", "priority", "deadline", "trace"):
         assert getattr(unpacked, name) == getattr(request, name), name
+
+
+async def test_a_bug_that_one_request_meets_ends_that_request_alone(
+    side: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check_with_bug(message: pb.GenerateRequest, model: ServedModel) -> Request:
+        if message.request_id == "odd":
+            raise KeyError("what nobody thought of")
+        return check(message, model)
+
+    monkeypatch.setattr("stagemesh.router.api.streams.check", check_with_bug)
+    call = side.stub.Session()
+    await call.write(start("good", "odd"))
+    [end] = (await call.read()).ends
+    error = from_proto(status_pb2.Status.FromString(end.status))
+    assert (end.request_id, type(error), error.reason) == ("odd", InternalError, "BUG")
+    assert error.request_id == "odd"
+    side.backend.give({"good": 7}, ends=["good"])
+    assert (await call.read()).token_ids == [7]
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await side.stub.Generate(start("odd").start[0]).read()
+    error = from_rpc_error(raised.value)
+    assert (type(error), error.reason, error.request_id) == (InternalError, "BUG", "odd")
+    assert "what nobody thought of" in caplog.text

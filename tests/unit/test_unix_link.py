@@ -243,6 +243,47 @@ async def test_a_sender_that_does_not_come_or_says_nothing(tmp_path: Path) -> No
     listener.close()
 
 
+async def test_a_sender_that_resets_its_connection(tmp_path: Path) -> None:
+    """What it did not read goes with it, which makes of its end a reset."""
+    listener = UnixListener(tmp_path, EPOCH, KIND)
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.connect(listener.path)
+        gone.sendall(pack([EPOCH, KIND], U64))
+    with pytest.raises(FailedPreconditionError, match="the other end of the socket is gone") as raised:
+        await listener.accept(WAIT_S)
+    assert raised.value.reason == "TRANSPORT_FAILED"
+    listener.close()
+
+
+async def test_a_socket_that_waits_for_a_worker_is_closed_with_the_queue() -> None:
+    ours, theirs = socket_pair()
+    leader = LeaderSocket(ours)
+    here, there = socket_pair()
+    leader.send_multipart([ToWorker.STEPS, bytes(8_000_000)])  # nobody reads it
+    leader.send_multipart([ToWorker.LINK, pack([EPOCH, KIND, 0], U64), b"host:1"], here)
+    leader.close()
+    assert here.fileno() == -1
+    there.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_socket_for_a_worker_that_is_gone_is_closed(waits: bool) -> None:
+    ours, theirs = socket_pair()
+    leader = LeaderSocket(ours)
+    here, there = socket_pair()
+    if waits:
+        leader.send_multipart([ToWorker.STEPS, bytes(8_000_000)])
+    else:
+        theirs.close()
+    leader.send_multipart([ToWorker.LINK, pack([EPOCH, KIND, 0], U64), b"host:1"], here)
+    theirs.close()
+    while here.fileno() != -1:
+        await asyncio.sleep(0.01)
+    there.close()
+    leader.close()
+
+
 async def test_a_leader_reads_for_several_ranks() -> None:
     ours, theirs = socket_pair()
     sender = UnixSender(ours, EPOCH, KIND, WAIT_S, lambda _: None)

@@ -105,6 +105,22 @@ def test_any_values_go_round(message: str, reason: str, field: str, retry: float
     assert values(from_proto(to_proto(error))) == values(error)
 
 
+def test_what_quotes_something_long_arrives(failing: tuple[grpc.Channel, list[StagemeshError]]) -> None:
+    channel, wanted = failing
+    long = "\N{PILE OF POO}" * 5_000
+    wanted.append(errors.ChainError(long, reason="CHAIN_REFUSED", field="text", request_id=long, stage=long))
+    with pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary("/test.Test/Fail")(b"", timeout=20)
+    error = from_rpc_error(raised.value)
+    assert (type(error), error.reason, error.field) == (errors.ChainError, "CHAIN_REFUSED", "text")
+    assert error.message == "\N{PILE OF POO}" * 250 + "…"
+    assert long.startswith(error.request_id.removesuffix("…"))
+
+
+def test_half_a_character_is_no_reason_to_lose_an_error() -> None:
+    assert from_proto(to_proto(errors.NotFoundError("no \udcff here"))).message == "no ? here"
+
+
 def test_statuses_of_others_have_an_error_too() -> None:
     stranger = any_pb2.Any()
     stranger.Pack(error_details_pb2.DebugInfo(detail="?"))

@@ -20,7 +20,7 @@ END: Any = vars(grpc.aio)["EOF"]  # missing from the stubs
 class AsyncTokenStream(AsyncClosingStream, AsyncIterator[Chunk]):
     """The chunks of one request, as they come.
 
-    Iterate over it; use it as an async context manager to be sure that it ends. ClosingStream it, leaving the
+    Iterate over it; use it as an async context manager to be sure that it ends. Closing it, leaving the
     async with-block, dropping the last reference to it or cancelling the task that waits on it cancels the
     request, and the router frees what it held.
 
@@ -80,7 +80,8 @@ class AsyncTokenStream(AsyncClosingStream, AsyncIterator[Chunk]):
             self._closed.set()
             raise mapped from error
         try:
-            await asyncio.wait_for(self._closed.wait(), delay_s)
+            async with asyncio.timeout(delay_s):
+                await self._closed.wait()
         except TimeoutError:
             self._call = self._start(self._exchange)
 

@@ -176,14 +176,15 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
         return start
 
     def _share(self, exchange: Exchange, metadata: tuple[tuple[str, str], ...]) -> Any:
-        """Start a request on the shared session; None if its metadata needs a call of its own."""
+        """Start a request on the shared session; None if it needs a call of its own: its metadata is another, or a
+        session is lost as soon as it is opened, and the call will say why."""
         traces = [value for key, value in metadata if key == TRACEPARENT_KEY]
         rest = tuple(pair for pair in metadata if pair[0] != TRACEPARENT_KEY)
         request, timeout_s = exchange.request, exchange.remaining_s()
         if traces:
             request.traceparent = traces[-1]
         request.timeout_ms = 0 if timeout_s is None else min(MAX_TIMEOUT_MS, 1 + int(timeout_s * 1e3))
-        while True:
+        for _ in range(2):  # one that has hung up, and a new one
             if self._shared is None:
                 self._shared = self._open_shared(
                     lambda requests: self._inference.Session(requests, metadata=rest), rest
@@ -193,7 +194,8 @@ class BaseClient(ABC, Generic[StreamT, ManyT]):
             call = self._shared_call(self._shared, exchange.request_id, timeout_s)
             if self._shared.metadata == rest and self._shared.start(request, call.inbox):
                 return call
-            self._shared = None  # it has hung up
+            self._shared = None
+        return None
 
     def _opener(self, many: Many, metadata: Metadata) -> Callable[[Any], Any]:
         """Starts a session for many."""

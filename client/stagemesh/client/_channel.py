@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
-from stagemesh.wire.errors import FailedPreconditionError, StagemeshError, UnavailableError
+from stagemesh.wire.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    StagemeshError,
+    UnavailableError,
+    UnimplementedError,
+)
 from stagemesh.wire.status import from_rpc_error
 
 INFERENCE_SERVICE = "stagemesh.v1.InferenceService"
 REQUEST_ID_KEY = "stagemesh-request-id"
 _DETAILS_KEY = "grpc-status-details-bin"
+_KEY = re.compile(r"[0-9a-z_.-]+")
+_TEXT = re.compile(r"[ -~]*")
 
 Metadata = Sequence[tuple[str, str]]
 """Keys (lower case) and values sent with a call, such as ("traceparent", "00-...")."""
@@ -38,8 +47,17 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def join_metadata(source: MetadataSource, extra: Metadata) -> Metadata:
-    """The client's metadata, then the call's."""
-    return (*(source() if callable(source) else source), *extra)
+    """The client's metadata, then the call's. InvalidArgumentError names a pair that gRPC cannot send."""
+    joined = (*(source() if callable(source) else source), *extra)
+    for key, value in joined:
+        if not (_KEY.fullmatch(key) and _can_be_sent(key, value)):
+            raise InvalidArgumentError(
+                f"metadata: {key!r:.80} with {value!r:.80} does not fit: expected a key of lower-case letters, "
+                "digits, '-', '_' and '.', and printable ASCII, or bytes where the key ends with -bin",
+                reason="INVALID_VALUE",
+                field="metadata",
+            )
+    return joined
 
 
 def call_error(
@@ -55,7 +73,18 @@ def call_error(
     if isinstance(mapped, UnavailableError) and not said:
         cause = mapped.message.rpartition(": ")[2] or "no answer"
         return UnavailableError(f"no connection to {address}: {cause}", request_id=request_id)
+    if isinstance(mapped, UnimplementedError) and not said:
+        return UnimplementedError(
+            f"the gRPC server at {address} does not have this call; is it the right address?",
+            request_id=request_id,
+        )
     return mapped
+
+
+def _can_be_sent(key: str, value: Any) -> bool:
+    if key.endswith("-bin"):
+        return isinstance(value, bytes)
+    return isinstance(value, str) and _TEXT.fullmatch(value) is not None
 
 
 def closed_error() -> StagemeshError:

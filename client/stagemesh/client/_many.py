@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from stagemesh.client._chunks import end_error, session_deltas, to_completion, to_last_chunk
 from stagemesh.client._exchange import Exchange
@@ -15,6 +15,8 @@ from stagemesh.wire.errors import InvalidArgumentError, StagemeshError
 
 DEFAULT_MAX_LIVE = 1_000
 """Below the waiting queue of a router with its defaults, so that an idle one refuses none."""
+MAX_BATCH_BYTES = 1 << 20
+"""Of the requests that go in one message, unless one alone is longer."""
 
 
 class Many:
@@ -138,6 +140,22 @@ class Many:
         chunk = to_last_chunk(end, text, token_ids, error)
         self.exchanges[index].took(chunk)
         return [(index, chunk)]
+
+
+def batches(starts: Iterable[pb.GenerateRequest]) -> Iterator[list[pb.GenerateRequest]]:
+    """The requests in messages a router takes, however long the prompts; it begins with the first while the next
+    are on their way."""
+    batch: list[pb.GenerateRequest] = []
+    num_bytes = 0
+    for start in starts:
+        size = start.ByteSize()
+        if batch and num_bytes + size > MAX_BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(start)
+        num_bytes += size
+    if batch:
+        yield batch
 
 
 def collect(

@@ -16,10 +16,10 @@ import grpc
 from stagemesh.client._async_stream import END
 from stagemesh.client._channel import call_error
 from stagemesh.client._closing import AsyncClosingStream, ClosingStream
-from stagemesh.client._many import Many, collect
+from stagemesh.client._many import Many, batches, collect
 from stagemesh.client._types import Chunk, Completion
 from stagemesh.v1 import inference_pb2 as pb
-from stagemesh.wire.errors import CancelledError, StagemeshError, UnavailableError
+from stagemesh.wire.errors import CancelledError, InternalError, StagemeshError, UnavailableError
 
 OpenSession = Callable[[Any], Any]
 """Makes a Session call of an iterator of SessionRequest."""
@@ -87,7 +87,8 @@ class _Session(ABC):
         with self._lock:
             if starts := self._many.due():
                 # First, so that the requests are on their way as soon as there is a call.
-                self._outgoing.put_nowait(pb.SessionRequest(start=starts))
+                for batch in batches(starts):
+                    self._outgoing.put_nowait(pb.SessionRequest(start=batch))
                 if self._call is None:
                     self._call = self._open(self._requests)
             return self._call if self._many.num_live else None
@@ -96,9 +97,12 @@ class _Session(ABC):
         with self._lock:
             return self._many.pause_s()
 
-    def _accept(self, response: pb.SessionResponse) -> None:
+    def _accept(self, call: Any, response: pb.SessionResponse) -> None:
         with self._lock:
-            self._chunks += self._many.accept(response)
+            try:
+                self._chunks += self._many.accept(response)
+            except Exception as error:  # noqa: BLE001 - whatever it is, every request must have its end
+                self._lose(call, not_understood(self._address, error))
 
     def _lose(self, call: Any, error: StagemeshError) -> None:
         """A call ended while it was read. One that was dropped has nothing to lose."""
@@ -129,7 +133,7 @@ class ManyStream(_Session, ClosingStream, Iterator[tuple[int, Chunk]]):
     that fails ends with a chunk whose `error` is set, and the others go on. Reading slowly makes the
     router merge what waits: fewer, larger chunks.
 
-    ClosingStream it, leaving the with-block or dropping the last reference to it cancels what still runs. One
+    Closing it, leaving the with-block or dropping the last reference to it cancels what still runs. One
     thread reads; `close` and `cancel` may be called from another.
     """
 
@@ -157,7 +161,7 @@ class ManyStream(_Session, ClosingStream, Iterator[tuple[int, Chunk]]):
             except grpc.RpcError as error:
                 self._lose(call, call_error(error, address=self._address))
             else:
-                self._accept(response)
+                self._accept(call, response)
         return found
 
     def completions(self) -> list[Completion | StagemeshError]:
@@ -192,7 +196,8 @@ class AsyncManyStream(_Session, AsyncClosingStream, AsyncIterator[tuple[int, Chu
             call = self._send_due()
             if call is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closed.wait(), self._pause_s())
+                    async with asyncio.timeout(self._pause_s()):
+                        await self._closed.wait()
                 continue
             try:
                 response = await call.read()
@@ -209,7 +214,7 @@ class AsyncManyStream(_Session, AsyncClosingStream, AsyncIterator[tuple[int, Chu
                 if response is END:
                     self._lose(call, ended_early(self._address))
                 else:
-                    self._accept(response)
+                    self._accept(call, response)
         return found
 
     async def completions(self) -> list[Completion | StagemeshError]:
@@ -230,6 +235,11 @@ def ended_early(address: str) -> StagemeshError:
     return UnavailableError(
         f"{address} ended the session with requests still running", reason="SESSION_ENDED"
     )
+
+
+def not_understood(address: str, error: Exception) -> StagemeshError:
+    """A message that breaks the contract, and with it everything that was on its session."""
+    return InternalError(f"what {address} sent cannot be taken: {error!r}", reason="BAD_RESPONSE")
 
 
 async def _until_none(outgoing: asyncio.Queue[pb.SessionRequest | None]) -> AsyncIterator[pb.SessionRequest]:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import InvalidArgumentError
+from stagemesh.wire.service import MAX_MESSAGE_BYTES
 
 
 class Message(TypedDict):
@@ -62,6 +63,8 @@ class RequestSpec(RequestOptions, total=False):
 Prompt: TypeAlias = str | RequestSpec | Sequence[int] | Sequence[Message]
 """A text, token ids, a conversation, or any of them with options of its own."""
 
+MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 4096
+"""Of one request. It may share a message, and a message too long would end all that share its session."""
 _OPTIONS = frozenset(RequestOptions.__annotations__)
 
 
@@ -100,6 +103,12 @@ def build_request(
     for name, value in options.items():
         if value is not None:
             _set(request, name, value)
+    if (size := request.ByteSize()) > MAX_REQUEST_BYTES:
+        raise InvalidArgumentError(
+            f"the request has {size} bytes; a router takes at most {MAX_REQUEST_BYTES}",
+            reason="INVALID_VALUE",
+            field=request.WhichOneof("prompt") or "",
+        )
     return request
 
 
@@ -123,6 +132,12 @@ def _parts(prompt: Prompt, options: RequestOptions) -> dict[str, Any]:
         spec = dict(prompt)
         kinds = {name: spec.pop(name, None) for name in ("prompt", "token_ids", "messages")}
         return {**kinds, "options": cast(RequestOptions, {**options, **spec})}
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise InvalidArgumentError(
+            f"{prompt!r:.80} is no prompt; expected a text, token ids, messages or a dict with one of them",
+            reason="INVALID_PROMPT",
+            field="prompt",
+        )
     parts = list(prompt)
     is_chat = bool(parts) and isinstance(parts[0], Mapping)
     return {"messages" if is_chat else "token_ids": parts, "options": options}

@@ -13,10 +13,10 @@ import grpc
 
 from stagemesh.client._async_stream import END
 from stagemesh.client._channel import call_error
-from stagemesh.client._many_stream import ended_early
+from stagemesh.client._many_stream import ended_early, not_understood
 from stagemesh.client._shared import Deadline, Inbox, SharedSession
 from stagemesh.v1 import inference_pb2 as pb
-from stagemesh.wire.errors import CancelledError, InternalError, StagemeshError
+from stagemesh.wire.errors import CancelledError
 
 OpenSession = Callable[[Any], Any]
 """Makes a Session call of an iterator of SessionRequest."""
@@ -78,8 +78,10 @@ class AsyncSharedCall:
             except BaseException:
                 self.cancel()
                 raise
+            # Not wait_for: that of Python 3.11 can lose a cancellation that comes with the message.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
 
     async def initial_metadata(self) -> tuple[tuple[str, str], ...]:
         """None of its own."""
@@ -142,11 +144,6 @@ def open_shared_async(
     _READERS.add(task)
     task.add_done_callback(_READERS.discard)
     return session
-
-
-def not_understood(address: str, error: Exception) -> StagemeshError:
-    """A message that breaks the contract, and with it everything that was on its session."""
-    return InternalError(f"what {address} sent cannot be taken: {error!r}", reason="BAD_RESPONSE")
 
 
 _READERS: set[asyncio.Task[None]] = set()

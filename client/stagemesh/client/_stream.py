@@ -18,7 +18,7 @@ from stagemesh.wire.errors import StagemeshError
 class TokenStream(ClosingStream, Iterator[Chunk]):
     """The chunks of one request, as they come.
 
-    Iterate over it; use it as a context manager to be sure that it ends. ClosingStream it, leaving the with-block
+    Iterate over it; use it as a context manager to be sure that it ends. Closing it, leaving the with-block
     or dropping the last reference to it cancels the request, and the router frees what it held.
 
     Every error it raises is a StagemeshError with the request's id.
@@ -58,7 +58,9 @@ class TokenStream(ClosingStream, Iterator[Chunk]):
                     self._closed.set()
                     raise mapped from error
                 if not self._closed.wait(delay_s):
-                    self._call = self._start(self._exchange)
+                    self._call = self._start(exchange)
+                    if self._closed.is_set():  # meanwhile, and so its `close` found the call before
+                        self._call.cancel()
             else:
                 return self._exchange.accept(response, self._call.initial_metadata())
         raise StopIteration

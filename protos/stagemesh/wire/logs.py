@@ -46,6 +46,14 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """Marks the handler as ours, so that a second set-up replaces it and leaves others alone."""
 
 
+def level_number(level: str) -> int:
+    """Of `logging`, for the name of a level; ConfigError if there is none of that name."""
+    number = _LEVELS.get(level.lower())
+    if number is None:
+        raise ConfigError(f"--log-level: '{level}' is not a level; expected {', '.join(_LEVELS)}")
+    return number
+
+
 def setup_logging(level: str, json: bool, name: str) -> None:
     """Send this process's log to stderr; calling it again replaces the set-up.
 
@@ -57,9 +65,7 @@ def setup_logging(level: str, json: bool, name: str) -> None:
     Raises:
         ConfigError: An unknown level.
     """
-    number = _LEVELS.get(level.lower())
-    if number is None:
-        raise ConfigError(f"--log-level: '{level}' is not a level; expected {', '.join(_LEVELS)}")
+    number = level_number(level)
     handler = _Handler(sys.stderr)
     handler.setFormatter(_JsonFormatter(name) if json else _TextFormatter(name))
     root = logging.getLogger()

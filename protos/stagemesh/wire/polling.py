@@ -22,10 +22,13 @@ CHOICE = "-event_engine_client,-event_engine_listener"
 
 
 def with_polling(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a server process; a choice that is already in it stays."""
+    """The environment for a server process; a choice that is already in it stays.
+
+    Its children are started by exec: gRPC's handlers of a fork would only log, once for each, that they do nothing.
+    """
     if VARIABLE in environment or not grpc.__version__.startswith(KNOWN_VERSION):
         return dict(environment)
-    return {**environment, VARIABLE: CHOICE}
+    return {"GRPC_ENABLE_FORK_SUPPORT": "0", **environment, VARIABLE: CHOICE}
 
 
 def restart_with_polling() -> None:

@@ -10,6 +10,9 @@ from grpc_status import rpc_status
 from stagemesh.wire import errors
 from stagemesh.wire.errors import DOMAIN, StagemeshError
 
+MAX_TEXT_BYTES = 1_000
+"""Of a message and of a value of ErrorInfo. A status travels in trailers, of which gRPC takes 16 KiB and no more:
+what quotes something that long would not arrive at all."""
 _BY_CODE: dict[grpc.StatusCode, type[StagemeshError]] = {
     kind.code: kind
     for kind in (
@@ -32,17 +35,18 @@ _BY_REASON: dict[str, type[StagemeshError]] = {
 
 def to_proto(error: StagemeshError) -> status_pb2.Status:
     """The google.rpc.Status of an error, with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
-    metadata = dict(error.metadata)
+    message = _clipped(error.message)
+    metadata = {key: _clipped(value) for key, value in error.metadata.items()}
     if error.request_id:
-        metadata["request_id"] = error.request_id
+        metadata["request_id"] = _clipped(error.request_id)
     if error.stage:
-        metadata["stage"] = error.stage
+        metadata["stage"] = _clipped(error.stage)
     details: list[any_pb2.Any] = [
         _pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     ]
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message, reason=error.reason
+            field=error.field, description=message, reason=error.reason
         )
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after_s is not None:
@@ -50,7 +54,7 @@ def to_proto(error: StagemeshError) -> status_pb2.Status:
         retry.retry_delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(_pack(retry))
     code = code_pb2.Code.Value(error.code.name)
-    return status_pb2.Status(code=code, message=error.message, details=details)
+    return status_pb2.Status(code=code, message=message, details=details)
 
 
 def to_grpc(error: StagemeshError) -> grpc.Status:
@@ -100,6 +104,14 @@ def from_rpc_error(error: grpc.RpcError, request_id: str = "") -> StagemeshError
         code = error.code()
         status = status_pb2.Status(code=code.value[0], message=error.details() or code.name)
     return from_proto(status, request_id)
+
+
+def _clipped(text: str) -> str:
+    """At most MAX_TEXT_BYTES of it, and nothing that UTF-8 cannot say."""
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_TEXT_BYTES:
+        return data.decode()
+    return data[:MAX_TEXT_BYTES].decode(errors="ignore") + "…"
 
 
 def _code(number: int) -> grpc.StatusCode:

@@ -46,12 +46,7 @@ class MeshFile(_Settings):
     @classmethod
     def read(cls, path: str | Path) -> MeshFile:
         """Parse a file; an unknown key, a wrong type or bad YAML is a ConfigError naming it."""
-        try:
-            content: Any = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        content = load_yaml(path)
         try:
             return cls.model_validate(content or {})
         except ValidationError as error:
@@ -124,6 +119,18 @@ class RouterConfig(_Settings):
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+
+def load_yaml(path: str | Path) -> Any:
+    """What a file says, unchecked; one that cannot be read, or is no YAML in UTF-8, is a ConfigError."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def first_problem(error: ValidationError) -> str:

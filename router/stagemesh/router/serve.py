@@ -81,7 +81,11 @@ async def _serve(config: RouterConfig) -> None:
     add_reflection(admin, administration)
     admin_listen = bind(admin, config.admin, key="--admin")
     listen = await public.start(config.listen)
-    metrics = _open_metrics(config, requests, listen, tracing)
+    try:
+        metrics = _open_metrics(config, requests, listen, tracing)
+    except BaseException:
+        await public.stop(0)
+        raise
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
     if metrics:

@@ -28,7 +28,10 @@ def find_in_hub_cache(name: str) -> Path:
             f"model {name} is not a path, and huggingface_hub is not installed to look it up: "
             f"pip install huggingface_hub && hf download {name}"
         ) from error
-    config = try_to_load_from_cache(name, "config.json")
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError as error:
+        raise ModelError(f"model {name} is neither a path nor a name of the hub: {error}") from error
     if not isinstance(config, str):
         raise ModelError(
             f"model {name} is neither a path nor in the local hub cache; fetch it: hf download {name}"

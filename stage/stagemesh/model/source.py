@@ -48,6 +48,8 @@ def open_model(path: str | Path, *, weights: bool = True) -> ModelSource:
     Raises:
         ModelError: Nothing there, an unknown format, a damaged file, or a model that is not supported.
     """
+    if not str(path):
+        raise ModelError("--model is empty; expected a Hugging Face folder, a .gguf file, or ORG/NAME")
     found = Path(path).expanduser()
     name = found.resolve().name
     if not found.exists():

@@ -285,9 +285,18 @@ class LeaderSocket:
         """Break off."""
         self._loop.remove_writer(self.fileno())
         self._loop.remove_reader(self.fileno())
+        self._drop()
         self._socket.close()
 
+    def _drop(self) -> None:
+        """What waits is for nobody any more."""
+        for thing in self._left:
+            if isinstance(thing, socket.socket):
+                thing.close()
+        self._left.clear()
+
     def _flush(self) -> None:
+        end: socket.socket | None = None
         try:
             while self._left:
                 end, some = self._take_some()
@@ -305,10 +314,9 @@ class LeaderSocket:
                     self._loop.add_writer(self.fileno(), self._flush)
                     return
         except (BrokenPipeError, ConnectionResetError):
-            for thing in self._left:
-                if isinstance(thing, socket.socket):
-                    thing.close()
-            self._left.clear()
+            if end is not None:
+                end.close()
+            self._drop()
         self._loop.remove_writer(self.fileno())
 
     def _take_some(self) -> tuple[socket.socket | None, list[Buffer]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagemesh.model.config import ModelConfig
+from stagemesh.model.cost import CostModel
 from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import parse_layers, parse_stage, split_layers
@@ -49,6 +50,8 @@ class StagePlan:
 
 def plan_stage(config: StageConfig) -> StagePlan:
     """Open the model and deal it; every setting that cannot be met is a ConfigError or ModelError."""
+    if config.engine == "sim":
+        CostModel.parse(config.cost)
     source = open_model(config.model, weights=config.needs_weights)
     model = source.config
     if config.layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from stagemesh.wire.errors import StartupError
 
 _EXTRA_OF_COMMAND = {
@@ -11,6 +13,13 @@ _EXTRA_OF_COMMAND = {
     "simulate": "router",
     "plan": "router,stage",
 }
+
+
+def require_engine(engine: str, command: str) -> None:
+    """Raise at once what a stage's workers would end with: they import their engine themselves."""
+    for module in ("torch", "safetensors") if engine == "torch" else ():
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(ModuleNotFoundError(name=module), command)
 
 
 def missing_extra(error: ModuleNotFoundError, command: str) -> Exception:

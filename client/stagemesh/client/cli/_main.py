@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -38,6 +39,9 @@ COMMANDS = {
 """Subcommands and their summaries. Each has a module of its name here, with a function `command()` that makes
 the function to run; stage, router and up read their options off the settings models when that is called."""
 
+_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+"""What a wrong flag raises: of click, or of the copy that typer brings."""
+
 SERVERS = ("stage", "router")
 """Subcommands that serve the mesh: gRPC must wait for sockets there as `wire.polling` says."""
 
@@ -68,7 +72,6 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         cls=_LazyGroup,
         help="A gRPC mesh of pipeline stages that serves language models too large for one GPU or one node.",
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -81,18 +84,44 @@ def make_app() -> typer.Typer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 on an error, 2 on a wrong flag or setting."""
-    if args is None and next((arg for arg in sys.argv[1:] if not arg.startswith("-")), "") in SERVERS:
+    given = sys.argv[1:] if args is None else args
+    if args is None and _command_of(given) in SERVERS:
         restart_with_polling()
     parent = os.environ.pop(PARENT_ENV, "")
     if parent.isdigit():
         die_with_parent(int(parent))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may answer what this terminal cannot show
     try:
-        make_app()(args=args, prog_name="stagemesh")
+        sys.exit(make_app()(args=given or ["--help"], prog_name="stagemesh", standalone_mode=False))
     except StagemeshError as error:
         if os.environ.get(DEBUG_ENV):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError | InvalidArgumentError) else 1)
+        _end(str(error), 2 if isinstance(error, ConfigError | InvalidArgumentError) else 1)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error, _command_of(given))
+        if not isinstance(missing, StagemeshError) or os.environ.get(DEBUG_ENV):
+            raise
+        _end(str(missing), 1)
+    except typer.Abort:
+        _end("aborted", 1)
+    except BrokenPipeError:
+        # What the reader did not want is still in the buffer, and would be written at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except _USAGE_ERROR as error:
+        where = error.ctx.command_path if error.ctx else "stagemesh"
+        _end(f"{error.format_message().rstrip('.')}; see {where} --help", error.exit_code)
+
+
+def _command_of(args: Sequence[str]) -> str:
+    return next((arg for arg in args if not arg.startswith("-")), "")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """What is wrong, in one line."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _stub() -> None:

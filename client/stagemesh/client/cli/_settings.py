@@ -155,4 +155,6 @@ def _problem(error: ValidationError) -> str:
     name = str(finding["loc"][0]) if finding["loc"] else ""
     if finding["type"] == "missing":
         return f"{flag(name)} is missing; give it, set {variable(name)}, or name a file with it by --config"
+    if finding["type"] == "too_short":
+        return f"{flag(name)}: empty; expected one at least"
     return f"{flag(name)}: {finding['msg']} (got {finding.get('input')!r})"

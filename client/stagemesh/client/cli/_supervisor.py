@@ -84,8 +84,6 @@ class Supervisor:
         self._display = display
         hidden = set(hidden_variables)
         self._env = with_polling({key: value for key, value in os.environ.items() if key not in hidden})
-        # A stage starts its workers by exec; gRPC's fork handlers would only log that they do nothing.
-        self._env.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         self._env[PARENT_ENV] = str(os.getpid())
         self._env.setdefault("PYTHONUNBUFFERED", "1")
         self._grace_s = grace_s

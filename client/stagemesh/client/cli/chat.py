@@ -55,6 +55,8 @@ def _turn(client: Client, messages: list[Message], line: str, options: Any) -> N
             print(" [stopped]" if stopped.is_set() else "", flush=True)
         except StagemeshError as error:
             messages.pop()
+            if parts:  # so that the error has a line of its own
+                print(flush=True)
             if not sys.stdin.isatty():
                 raise
             print(f"error: {error}", file=sys.stderr)

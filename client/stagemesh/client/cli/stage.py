@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stagemesh.client.cli._extras import missing_extra
+from stagemesh.client.cli._extras import missing_extra, require_engine
 from stagemesh.client.cli._mesh_file import stage_values
 from stagemesh.client.cli._settings import make_config, options_of, with_options
 from stagemesh.router.config import MeshFile
@@ -33,6 +33,7 @@ def _stage(
 ) -> None:
     """Settings come from flags, STAGEMESH_* variables, --config and the defaults, in this order."""
     settings = make_config(StageConfig, given, _file_values(config, index, given.get("stage")))
+    require_engine(settings.engine, "stage")
     try:
         from stagemesh.stage.serve import run
     except ModuleNotFoundError as error:

@@ -13,6 +13,7 @@ import typer
 
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._display import UpDisplay
+from stagemesh.client.cli._extras import require_engine
 from stagemesh.client.cli._plan import (
     ROUTER_OPTIONS,
     SHARED_OPTIONS,
@@ -22,7 +23,7 @@ from stagemesh.client.cli._plan import (
     plan_mesh,
     settings_variables,
 )
-from stagemesh.client.cli._ports import check_free, resolve_port
+from stagemesh.client.cli._ports import Ports
 from stagemesh.client.cli._probe import MeshProbe
 from stagemesh.client.cli._settings import options_of, with_options
 from stagemesh.client.cli._supervisor import Supervisor
@@ -31,6 +32,7 @@ from stagemesh.stage.config import StageConfig
 from stagemesh.stage.gpus import list_gpus
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.errors import ConfigError
+from stagemesh.wire.logs import level_number
 
 
 def command() -> Any:
@@ -83,14 +85,17 @@ def _up(
         num_cores=len(os.sched_getaffinity(0)),
         num_gpus=len(list_gpus()),
     )
-    plan = with_ports(plan, stage_key="--config" if config and stage_port is None else "--stage-port")
-    check_stages(plan)
-    if ready_file is not None:
-        ready_file.unlink(missing_ok=True)
-    with UpDisplay() as display:
-        threads = "·".join(str(stage.threads) for stage in plan.stages)
-        display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
-        asyncio.run(_supervise(plan, display, begin, ready_file))
+    level_number(plan.router.log_level)
+    with Ports() as ports:
+        stage_key = "--config" if config and stage_port is None else "--stage-port"
+        plan = with_ports(plan, ports, stage_key=stage_key)
+        check_stages(plan)
+        if ready_file is not None:
+            _prepare_ready_file(ready_file)
+        with UpDisplay() as display:
+            threads = "·".join(str(stage.threads) for stage in plan.stages)
+            display.note(f"{plan.layout}: {plan.num_workers} workers, threads of each {threads}")
+            asyncio.run(_supervise(plan, display, begin, ready_file))
 
 
 def check_stages(plan: MeshPlan) -> None:
@@ -98,10 +103,11 @@ def check_stages(plan: MeshPlan) -> None:
     from stagemesh.stage.plan import plan_stage
 
     for stage in plan.stages:
+        require_engine(stage.engine, "up")
         plan_stage(stage)
 
 
-def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
+def with_ports(plan: MeshPlan, ports: Ports, *, stage_key: str) -> MeshPlan:
     """The plan with port 0 made real; raises if a port is taken, or open to the world unmeant."""
     keys = {"listen": "--listen", "admin": "--admin"}
     if plan.router.metrics:
@@ -112,10 +118,7 @@ def with_ports(plan: MeshPlan, *, stage_key: str) -> MeshPlan:
     addresses: list[str] = []
     for address, key in wanted:
         check_listen(address, insecure=plan.router.insecure, key=key)
-        addresses.append(resolve_port(address, key=key, taken=addresses))
-        check_free(addresses[-1], key=key)
-        if addresses[-1] in addresses[:-1]:
-            raise ConfigError(f"{key}: {addresses[-1]} is given to two servers of this mesh")
+        addresses.append(ports.take(address, key=key))
     router = dict(zip(keys, addresses, strict=False))
     stages = addresses[len(keys) : len(keys) + len(plan.stages)]
     metrics = iter(addresses[len(keys) + len(plan.stages) :])
@@ -154,6 +157,20 @@ async def _supervise(plan: MeshPlan, display: UpDisplay, begin: float, ready_fil
     await supervisor.run()
 
 
+def _prepare_ready_file(path: Path) -> None:
+    """None of an earlier mesh is left; ConfigError if there will be none of this one."""
+    try:
+        path.unlink(missing_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise ConfigError(f"--ready-file: {path} cannot be written: {error.strerror}") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def _write_ready_file(path: Path, plan: MeshPlan, model_name: str) -> None:
     """All at once, so that who waits for the file never reads half of it."""
     content = {
@@ -166,6 +183,6 @@ def _write_ready_file(path: Path, plan: MeshPlan, model_name: str) -> None:
         "model": model_name,
         "pid": os.getpid(),
     }
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(content) + "\n")
     partial.replace(path)

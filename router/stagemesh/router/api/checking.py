@@ -93,6 +93,12 @@ def _prompt(message: inference_pb2.GenerateRequest, model: ServedModel) -> npt.N
         ids = np.array(model.tokenizer.encode(message.text), np.uint32)
     else:
         ids = np.array(model.tokenizer.encode_chat(message.chat.messages), np.uint32)
+    if kind != "token_ids" and len(ids) and ids.max() >= model.vocab_size:
+        raise _bad(
+            kind,
+            f"has token {ids.max()} of the tokenizer, and the model knows those below {model.vocab_size}; "
+            "leave out what makes that token",
+        )
     if not len(ids):
         raise _bad(kind, "is an empty prompt; give at least one token", "EMPTY_PROMPT")
     if len(ids) >= model.max_context:

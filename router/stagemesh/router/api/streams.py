@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import replace
@@ -10,10 +11,12 @@ from stagemesh.router.api.backend import Backend, Column, End
 from stagemesh.router.api.checking import check
 from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.api.stream import Reader, RequestStream
-from stagemesh.router.scheduler import Finish
+from stagemesh.router.scheduler import Finish, Request
 from stagemesh.router.tracing.server_spans import ServerSpans
 from stagemesh.v1 import inference_pb2
-from stagemesh.wire.errors import StagemeshError
+from stagemesh.wire.errors import InternalError, StagemeshError
+
+log = logging.getLogger(__name__)
 
 
 class Streams:
@@ -52,7 +55,7 @@ class Streams:
             deadline = min(deadline, arrived + message.timeout_ms / 1e3)
         trace = self.spans.begin(message) if self.spans else None
         try:
-            request = check(message, self.model)
+            request = _checked(message, self.model)
         except StagemeshError as error:
             error.request_id = error.request_id or message.request_id
             self.backend.refused(error.code.name)
@@ -112,3 +115,16 @@ class Streams:
     def _end_span(self, stream: RequestStream) -> None:
         if stream.trace and self.spans:
             self.spans.end(stream.trace, stream)
+
+
+def _checked(message: inference_pb2.GenerateRequest, model: ServedModel) -> Request:
+    """`check`, where a bug is the end of this request and of no other of its session."""
+    try:
+        return check(message, model)
+    except StagemeshError:
+        raise
+    except Exception as error:
+        log.exception("bug in the check of request %r", message.request_id)
+        raise InternalError(
+            f"bug in the check of the request: {type(error).__name__}: {error}", reason="BUG"
+        ) from error

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
@@ -26,6 +27,7 @@ from stagemesh.v1 import admin_pb2, stage_pb2
 from stagemesh.wire.columns import U32, unpack
 from stagemesh.wire.errors import (
     ChainError,
+    ConfigError,
     InvalidArgumentError,
     StageLostError,
     StagemeshError,
@@ -97,8 +99,10 @@ class Lane:
         self._lost: asyncio.Future[StageLostError] | None = None
         self._pumping = False
         self._said = ""
-        self._event_log = EventLog(Path(config.event_log).open("w")) if config.event_log else None  # noqa: SIM115 - open as long as the lane
-        self._step_log = Path(config.step_log).open("a") if config.step_log else None  # noqa: SIM115 - open as long as the lane
+        self._event_log = (
+            EventLog(_open_log(config.event_log, "w", "--event-log")) if config.event_log else None
+        )
+        self._step_log = _open_log(config.step_log, "a", "--step-log") if config.step_log else None
 
     # Requests
 
@@ -387,3 +391,11 @@ class Lane:
 def _short(detail: str) -> str:
     """gRPC's connection errors repeat the address three times; the last part says what happened."""
     return detail.rpartition(": ")[2] if detail.startswith("failed to connect") else detail
+
+
+def _open_log(path: str, mode: str, key: str) -> TextIO:
+    """A log of the lane, open as long as it; ConfigError names the setting."""
+    try:
+        return cast(TextIO, Path(path).open(mode))
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be written: {error.strerror}") from error

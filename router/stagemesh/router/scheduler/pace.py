@@ -46,7 +46,7 @@ class PipelineState:
     cycle_s: float
     """Predicted between two tokens of a sequence; 0 while too little is known."""
     ring_s: float
-    """Hops once round the stages, without the stages."""
+    """Hops once round the stages, without the stages, on average."""
     trip_s: float
     """Hops from the router through the stages and back."""
     itl_p95_s: float
@@ -101,7 +101,7 @@ class Pace:
         self.max_in_flight = limits.depth
         if limits.max_microbatches:
             self.max_in_flight = self._in_flight(0)
-        self._hops = Hops()
+        self._hops, self._hops_known = Hops(), 0
         self._num_rows = 0
         self._context = 0
         self._backlog = 0
@@ -194,7 +194,7 @@ class Pace:
             step_s=tuple(step_s.tolist()),
             limiting_stage=int(step_s.argmax()) if known else 0,
             cycle_s=cycle_s(step_s, self.num_microbatches, hops, self._limits.lookahead) if known else 0.0,
-            ring_s=hops.ring,
+            ring_s=hops.usual_ring,
             trip_s=hops.trip,
             itl_p95_s=self.budget.p95_s(),
         )
@@ -213,7 +213,8 @@ class Pace:
         if not self.costs.ready:
             return
         self.costs.settle()
-        self._hops = self.times.hops()
+        if self.times.num_reports != self._hops_known:
+            self._hops, self._hops_known = self.times.hops(), self.times.num_reports
         if self._limits.max_microbatches and self._num_rows:
             counts = np.arange(1, self._limits.max_microbatches + 1)
             shapes = self._shapes(counts)

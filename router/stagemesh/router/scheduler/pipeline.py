@@ -20,6 +20,9 @@ ARRIVAL, QUEUE, WAIT, RECEIVE, COMPUTE, SEND = range(6)
 """Columns of the times that stages report."""
 WINDOW = 256
 """Steps that averages are made of."""
+QUICK = 0.1
+"""Share of the samples of a hop that are quicker than what it is taken for. What is slower has waited for something
+else too: for a processor, or in a queue. The number in flight must not follow from that, since it makes queues."""
 RECENT = 64
 """Steps that the present load is taken from."""
 GAIN = 0.03
@@ -31,9 +34,11 @@ class Hops:
     """What a token's way costs beside the stages, in seconds."""
 
     ring: float = 0.0
-    """Once round: from stage to stage and back to stage 0."""
+    """Once round: from stage to stage and back to stage 0, where nothing else holds a token up."""
     trip: float = 0.0
-    """From the router through all stages and back to it."""
+    """From the router through all stages and back to it, where nothing else does."""
+    usual_ring: float = 0.0
+    """Once round, on average, whatever held it up."""
 
 
 def cycles_s(step_s: Float64, num_steps: Int64, hops: Hops, lookahead: int) -> Float64:
@@ -90,11 +95,10 @@ class PipelineTimes:
         self._sent_at = np.zeros(STEPS_KEPT)
         self._round_trip = np.zeros(STEPS_KEPT)
         self._known = np.zeros((STEPS_KEPT, num_stages), np.bool_)
-        self._begin = np.zeros((STEPS_KEPT, num_stages))
-        self._end = np.zeros((STEPS_KEPT, num_stages))
-        self._wait = np.zeros((STEPS_KEPT, num_stages))
-        self._before = np.zeros((STEPS_KEPT, num_stages))
+        self._times = np.zeros((num_stages, STEPS_KEPT, 4))
+        """Seconds: when it began and ended by the stage's clock, waited for its input, and waited in all."""
         self._newest = 0
+        self.num_reports = 0
         self._recent, self._recent_at, self._recent_from = np.zeros(self._shapes.shape[1]), 0, 0
 
     def sent(self, number: int, shape: Float64, newest_input: int, now: float) -> None:
@@ -125,10 +129,9 @@ class PipelineTimes:
         begin = times_ns[:, ARRIVAL] + before
         self._known[where, stage] = True
         # Nanoseconds of an unknown clock fit a float to a microsecond at worst.
-        self._begin[where, stage] = begin * 1e-9
-        self._end[where, stage] = (begin + busy) * 1e-9
-        self._wait[where, stage] = times_ns[:, WAIT] * 1e-9
-        self._before[where, stage] = before * 1e-9
+        values = np.stack((begin, begin + busy, times_ns[:, WAIT], before), axis=1)
+        self._times[stage, where] = values * 1e-9
+        self.num_reports += 1
         shapes: Float64 = self._shapes[where]
         seconds: Float64 = busy / 1e9
         return shapes, seconds
@@ -138,32 +141,30 @@ class PipelineTimes:
         where = self._window()
         if not len(where):
             return Hops()
-        begin, end, wait = self._begin[where], self._end[where], self._wait[where]
-        known = self._known[where]
-        ring = 0.0
+        begin, end, wait, before = np.moveaxis(self._times[:, where], 2, 0)
+        known = self._known[where].T
+        gaps = np.empty_like(begin)
+        gaps[1:] = begin[1:] - end[:-1]
         # Only a stage that waited shows when its input came; one that was busy shows its own pace.
-        shows = known[:, 1:] & known[:, :-1] & (wait[:, 1:] > 0)
-        if self.num_stages > 1:
-            gaps = np.where(shows, begin[:, 1:] - end[:, :-1], 0.0).sum(axis=0)
-            ring = float((gaps / np.maximum(shows.sum(axis=0), 1)).sum())
-            source = self._inputs[where] % STEPS_KEPT
-            back = (
-                known[:, 0]
-                & (wait[:, 0] > 0)
-                & (self._numbers[source] == self._inputs[where])
-                & self._known[source, -1]
-            )
-            if back.any() and shows.any(axis=0).all():
-                ring += float((begin[:, 0] - self._end[source, -1])[back].mean())
-            # Without a pair for each hop the clocks do not cancel.
-            else:
-                ring = 0.0
-        whole = known.all(axis=1) & (self._round_trip[where] > 0)
-        if not whole.any():
-            return Hops(max(ring, 0.0), 0.0)
-        busy = (end - begin)[whole].sum(axis=1)
-        trips = self._round_trip[where][whole] - self._before[where][whole, 0] - busy
-        return Hops(max(ring, 0.0), max(float(np.percentile(trips, 20)), 0.0))
+        shows = known & (wait > 0)
+        shows[1:] &= known[:-1]
+        source = self._inputs[where] % STEPS_KEPT
+        gaps[0] = begin[0] - self._times[-1, source, 1]
+        shows[0] &= (self._numbers[source] == self._inputs[where]) & self._known[source, -1]
+        counts = shows.sum(axis=1)
+        ring = usual = 0.0
+        # Without a sample of each hop the clocks do not cancel.
+        if self.num_stages > 1 and counts.all():
+            usual = float((np.where(shows, gaps, 0.0).sum(axis=1) / counts).sum())
+            ordered = np.sort(np.where(shows, gaps, np.inf), axis=1)
+            ring = float(ordered[np.arange(self.num_stages), (counts * QUICK).astype(np.int64)].sum())
+        whole = known.all(axis=0) & (self._round_trip[where] > 0)
+        trip = 0.0
+        if whole.any():
+            busy = (end - begin)[:, whole].sum(axis=0)
+            trips = self._round_trip[where][whole] - before[0, whole] - busy
+            trip = float(np.percentile(trips, 20))
+        return Hops(max(ring, 0.0), max(trip, 0.0), max(usual, 0.0))
 
     def recent_shape(self) -> Float64:
         """[terms] of the last steps, on average."""

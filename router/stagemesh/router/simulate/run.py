@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from stagemesh.router.config import load_yaml
 from stagemesh.router.simulate.result import SimulationResult
 from stagemesh.router.simulate.simulation import simulate
-from stagemesh.router.simulate.spec import load_yaml, read, variant
+from stagemesh.router.simulate.spec import read, variant
 from stagemesh.wire.errors import ConfigError
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.model.split import split_costs
-from stagemesh.router.config import RouterConfig
+from stagemesh.router.config import RouterConfig, load_yaml
 from stagemesh.router.simulate.units import Bandwidth, Cost, Duration
 from stagemesh.wire.errors import ConfigError
 
@@ -253,16 +252,6 @@ def parse(content: Any, name: str) -> SimulationSpec:
         return SimulationSpec.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{name}: {_problem(error)}") from error
-
-
-def load_yaml(path: str | Path) -> Any:
-    """What a file says, unchecked."""
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def read(path: str | Path) -> tuple[SimulationSpec, dict[str, SimulationSpec]]:

@@ -53,6 +53,9 @@ class UnixListener:
         end, _ = await _in_time(loop.sock_accept(self._socket), timeout_s, what)
         try:
             await _shake(end, self._hello, timeout_s, answer=True)
+        except OSError as error:
+            end.close()
+            raise _failed(f"the other end of the socket is gone: {error.strerror or error}") from error
         except BaseException:
             end.close()
             raise
