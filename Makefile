@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.set-up
 MODEL := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+KERNELS := $(wildcard stage/stagemesh/stage/native/*.[ch])
 PROTOS := $(wildcard protos/stagemesh/v1/*.proto)
 STUBS := $(wildcard protos/stagemesh/v1/stage_pb2.py)
 
@@ -18,7 +19,7 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment in .venv, with everything in it
 
 # The stamp is written last: an interrupted set-up is done again.
-$(STAMP): pyproject.toml setup.py constraints-dev.txt $(PROTOS) $(if $(STUBS),,always)
+$(STAMP): pyproject.toml setup.py constraints-dev.txt $(KERNELS) $(PROTOS) $(if $(STUBS),,always)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"stagemesh needs Python 3.11 or 3.12; found " + sys.version.split()[0] + " (make PYTHON=... picks another)")'
 	$(PYTHON) -m venv $(VENV)
@@ -56,4 +57,5 @@ device-kit: $(STAMP) ## wheels in build/device-kit for a GPU machine without a p
 clean: ## everything that was made here but the model
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f protos/stagemesh/v1/*_pb2.py protos/stagemesh/v1/*_pb2.pyi protos/stagemesh/v1/*_pb2_grpc.py
+	rm -f stage/stagemesh/stage/native/*.so
 	find client protos router stage tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,14 +1,15 @@
-"""Makes the gRPC stubs when the package is built; everything else is in pyproject.toml."""
+"""Makes the gRPC stubs and the CPU kernels when the package is built; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PROTOS = ROOT / "protos"
+KERNELS = "stage/stagemesh/stage/native"
 
 
 def make_stubs() -> None:
@@ -29,4 +30,19 @@ class BuildPy(build_py):
         super().run()
 
 
-setup(cmdclass={"build_py": BuildPy})
+setup(
+    cmdclass={"build_py": BuildPy},
+    ext_modules=[
+        Extension(
+            "stagemesh.stage.native._kernels",
+            [f"{KERNELS}/_kernels.c"],
+            depends=[str(path) for path in sorted(Path(KERNELS).glob("*.h"))],
+            extra_compile_args=["-O2", "-g0", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            py_limited_api=True,
+            optional=True,  # where it cannot be built, products are torch's
+        )
+    ],
+    # One wheel for every Python from 3.11 on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -4,10 +4,11 @@ Times the 120 linears of SmolLM2-135M's 30 layers (random float32 weights of its
 that no cache holds them) for a few numbers of rows:
 
 - plain: torch.nn.functional.linear with the weight as files have it, [out, in];
-- transposed: matmul with the weight kept as [in, out], stagemesh's choice on Intel's CPUs;
-- onednn: oneDNN's prepacked weights, with torch's private operators, stagemesh's choice on others.
+- transposed: matmul with the weight kept as [in, out], stagemesh's choice on Intel's CPUs without the kernels;
+- onednn: oneDNN's prepacked weights, with torch's private operators, stagemesh's choice on others without them;
+- native: the compiled kernels, stagemesh's choice where the CPU has AVX-512 and the build had a compiler.
 
-The figure is the best of a few runs in milliseconds; the three take turns in each round.
+The figure is the best of a few runs in milliseconds; they take turns in each round.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+from stagemesh.stage import native
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 """[out, in] of the fused q, k and v, the output, the fused gate and up, and the down projection."""
@@ -43,6 +46,13 @@ def make_runs() -> dict[str, Run]:
         runs["onednn"] = lambda xs: [
             linear(x, w, None, "none", [], "") for layer in packed for x, w in zip(xs, layer, strict=True)
         ]
+    if native.is_available():
+        panels = [[native.in_panels(weight) for weight in layer] for layer in plain]
+        runs["native"] = lambda xs: [
+            native.linear(x, w, out)
+            for layer in panels
+            for x, w, (out, _) in zip(xs, layer, SHAPES, strict=True)
+        ]
     return runs
 
 
@@ -65,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 128])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", action="store_true", help="a JSON object instead of a table")
     options = parser.parse_args()

@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "stagemesh/stage/native/_kernels.abi3.so"
+"""There if the wheel was built with a C compiler."""
 ROOTS = ("protos", "router", "stage", "client")
 
 
@@ -15,7 +17,7 @@ def expected() -> set[str]:
     names: set[str] = set()
     for root in ROOTS:
         base = ROOT / root
-        for pattern in ("*.py", "*.proto", "py.typed"):
+        for pattern in ("*.py", "*.proto", "py.typed", "_kernels.pyi"):
             names |= {path.relative_to(base).as_posix() for path in base.rglob(pattern)}
     for proto in [name for name in names if name.endswith(".proto")]:
         stem = proto.removesuffix(".proto")
@@ -26,19 +28,20 @@ def expected() -> set[str]:
 def main() -> None:
     """Exit 1 with a line for each path that is missing."""
     if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} stagemesh-VERSION-py3-none-any.whl")
+        sys.exit(f"usage: {sys.argv[0]} stagemesh-VERSION-*.whl")
     with zipfile.ZipFile(sys.argv[1]) as wheel:
         there = set(wheel.namelist())
     wanted = expected()
     missing = sorted(wanted - there)
     for name in missing:
         print(f"error: {name} is not in the wheel", file=sys.stderr)
-    foreign = sorted(name for name in there - wanted if ".dist-info/" not in name)
+    foreign = sorted(name for name in there - wanted if ".dist-info/" not in name and name != KERNELS)
     for name in foreign:
         print(f"error: {name} is in the wheel and in no root", file=sys.stderr)
     if missing or foreign:
         sys.exit(1)
-    print(f"the wheel has all {len(wanted)} files")
+    kernels = "and the compiled kernels" if KERNELS in there else "without compiled kernels"
+    print(f"the wheel has all {len(wanted)} files, {kernels}")
 
 
 if __name__ == "__main__":

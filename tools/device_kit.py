@@ -207,10 +207,14 @@ def build_stagemesh(folder: Path) -> None:
     for old in folder.glob("stagemesh-*.whl"):
         old.unlink()
     # setuptools packs whatever an earlier build left in build/lib.
-    leftovers = ROOT / "build" / "lib"
-    shutil.rmtree(leftovers, ignore_errors=True)
+    _remove_leftovers()
     pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
-    shutil.rmtree(leftovers, ignore_errors=True)
+    _remove_leftovers()
+
+
+def _remove_leftovers() -> None:
+    for leftovers in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(leftovers)
 
 
 def main() -> None:

@@ -67,9 +67,10 @@ class StageConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="dummy: random weights from config.json alone."
     )
-    linears: Literal["auto", "transposed", "onednn"] = Field(
+    linears: Literal["auto", "native", "transposed", "onednn"] = Field(
         default="auto",
-        description="Layout of the weights on a CPU; auto: the faster one for its maker's CPUs.",
+        description="Layout of the weights on a CPU; auto: native where it was built and the CPU has AVX-512, else "
+        "the faster one for its maker's CPUs.",
     )
     group_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds a rank waits for another in a collective."

@@ -12,6 +12,9 @@ from stagemesh.stage.engine.batch import Batch
 class PagedAttention(Protocol):
     """Owns the KV cache of one rank's layers. `plan` runs once a step, `attend` once a layer."""
 
+    batch: Batch
+    """Of the step that was planned last."""
+
     def plan(self, batch: Batch) -> None:
         """Prepare what all layers of the step share."""
 

@@ -102,20 +102,39 @@ class TorchPagedAttention:
         self._cells = torch.empty(0, dtype=torch.int64)
         self._decodes: list[_DecodeGroup] = []
         self._prefills: list[_Prefill] = []
+        self.batch: Batch
+        self._is_grouped = False
 
     @property
     def num_bytes(self) -> int:
         """Of the cache."""
         return self._cache.nbytes
 
+    @property
+    def cache(self) -> torch.Tensor:
+        """[layers, 2 (keys, values), kv_heads, cells, head_dim]"""
+        return self._cache
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._block_size
+
     def plan(self, batch: Batch) -> None:
-        """Group the step's decode rows by length and prepare masks."""
         self._clear_entered_blocks(batch)
+        self.batch = batch
+        self._is_grouped = False
+
+    def _group_rows(self, batch: Batch) -> None:
+        """Group the step's decode rows by length and prepare masks; not needed where compiled kernels attend."""
         self._cells = torch.from_numpy(batch.cells)
         self._prefills = [self._plan_prefill(batch, row) for row in np.flatnonzero(batch.counts > 1)]
         self._decodes = self._plan_decodes(batch, np.flatnonzero(batch.counts == 1))
+        self._is_grouped = True
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if not self._is_grouped:
+            self._group_rows(self.batch)
         self._keys[layer].index_copy_(1, self._cells, key.transpose(0, 1))
         self._values[layer].index_copy_(1, self._cells, value.transpose(0, 1))
         if len(self._decodes) == 1 and not self._prefills:

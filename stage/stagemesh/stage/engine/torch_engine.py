@@ -17,6 +17,7 @@ from stagemesh.stage.engine.batch import Batch, SamplingColumns
 from stagemesh.stage.engine.interface import HostEngine, RankFacts, StepOutput
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.models.llama import LlamaStage
+from stagemesh.stage.models.native_layers import NativeLayers
 from stagemesh.stage.models.product import Layout, fastest_layout
 from stagemesh.stage.sampling.sampler import Sampler
 from stagemesh.stage.weights import load_shard
@@ -81,6 +82,7 @@ class TorchEngine(HostEngine):
         }
         self._weight_bytes = sum(storages.values())
         read = time.perf_counter()
+        layout = layout or fastest_layout(self._dtype)
         self._model = LlamaStage(
             config,
             layers,
@@ -89,7 +91,7 @@ class TorchEngine(HostEngine):
             group,
             dtype=self._dtype,
             max_context=max_context,
-            layout=layout or fastest_layout(),
+            layout=layout,
         )
         if self._model.head is not None:
             self._weight_bytes += self._model.head.copied_bytes
@@ -103,6 +105,9 @@ class TorchEngine(HostEngine):
             dtype=self._dtype,
         )
         self._kv_bytes = self._attention.num_bytes
+        if layout == "native" and NativeLayers.fits(config, self._dtype):
+            self._model.native = NativeLayers(config, deal, self._model.layers, self._attention, group)
+        self._backends = {"linears": layout, "decode": "native" if self._model.native else "torch"}
         self._sampler = (
             Sampler(group, deal.vocab, config.vocab_size, [other.vocab for other in deals]) if last else None
         )
@@ -127,6 +132,7 @@ class TorchEngine(HostEngine):
             num_blocks=self._num_blocks,
             process_id=os.getpid(),
             load_seconds=self._load_seconds,
+            backends=self._backends,
         )
 
     @torch.inference_mode()

@@ -15,11 +15,11 @@ class Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, layout: Layout) -> None:
         super().__init__()
-        self._product = pack(weight, layout)
+        self.product = pack(weight, layout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out]."""
-        return self._product(x)
+        return self.product(x)
 
 
 class RowParallelLinear(nn.Module):
@@ -27,13 +27,13 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, group: RankGroup, layout: Layout) -> None:
         super().__init__()
-        self._product = pack(weight, layout)
+        self.product = pack(weight, layout)
         self._group = group
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[T, in of this rank] to [T, out], equal on every rank; with `residual` [T, out] added."""
         # One rank adds the residual within its product, so that the sum over the ranks has it once.
-        return self._group.all_reduce(self._product(x, residual if self._group.rank == 0 else None))
+        return self._group.all_reduce(self.product(x, residual if self._group.rank == 0 else None))
 
 
 class RMSNorm(nn.Module):
@@ -75,8 +75,8 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """Logits of this rank's range of the vocabulary.
 
-    A tied weight is the embedding's own storage, and stays in its layout unless the layout is oneDNN's:
-    then the head has a copy, which `copied_bytes` counts.
+    A tied weight is the embedding's own storage, and stays in its layout only if that is transposed: else the head
+    has a copy, which `copied_bytes` counts.
 
     Args:
         weight: [vocab part, hidden].
@@ -89,7 +89,7 @@ class VocabParallelHead(nn.Module):
         self._packed: Product | None = None
         self._weight = weight
         self.copied_bytes = 0
-        if layout == "onednn":
+        if layout != "transposed":
             self._packed = pack(weight, layout)
             self._weight = weight.new_empty(0)  # no view of it, which would keep all of it
             self.copied_bytes = weight.nbytes if tied else 0

@@ -16,6 +16,7 @@ from stagemesh.stage.models.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from stagemesh.stage.models.native_layers import NativeLayers
 from stagemesh.stage.models.product import Layout, pack_gated
 from stagemesh.stage.models.rope import RotaryTable, rotate
 
@@ -62,12 +63,12 @@ class MLP(nn.Module):
 
     def __init__(self, weights: Weights, prefix: str, group: RankGroup, layout: Layout) -> None:
         super().__init__()
-        self._gated = pack_gated(weights.pop(f"{prefix}.gate_up"), layout)
+        self.gated = pack_gated(weights.pop(f"{prefix}.gate_up"), layout)
         self.down = RowParallelLinear(weights.pop(f"{prefix}.down"), group, layout)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[T, hidden] to [T, hidden], the residual added."""
-        return self.down(self._gated(x), residual)
+        return self.down(self.gated(x), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -96,8 +97,18 @@ class DecoderLayer(nn.Module):
         layer: int,
     ) -> torch.Tensor:
         """[T, hidden] to [T, hidden]."""
-        x = self.attention(self.attention_norm(x), x, rotation, attention, layer)
+        x = self.attend(x, rotation, attention, layer)
         return self.mlp(self.mlp_norm(x), x)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention: PagedAttention,
+        layer: int,
+    ) -> torch.Tensor:
+        """The first half, attention."""
+        return self.attention(self.attention_norm(x), x, rotation, attention, layer)
 
 
 class LlamaStage(nn.Module):
@@ -128,6 +139,8 @@ class LlamaStage(nn.Module):
         )
         self.norm = RMSNorm(weights.pop("norm"), config.rms_norm_eps) if head is not None else None
         self.head = VocabParallelHead(head, layout, tied=head is embed) if head is not None else None
+        self.native: NativeLayers | None = None
+        """The same layers in compiled kernels, for what those can do."""
 
     def forward(
         self, inputs: torch.Tensor, positions: torch.Tensor, attention: PagedAttention
@@ -135,8 +148,14 @@ class LlamaStage(nn.Module):
         """Hidden states [T, hidden] after the stage's layers, from token ids [T] or hidden states."""
         x = self.embedding(inputs) if self.embedding is not None else inputs
         rotation = self._rotary.at(positions)
+        if self.native is not None and self.native.takes(attention.batch):
+            return self.native.decode(x.clone() if x is inputs else x, rotation, attention.batch)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, attention, index)
+            assert isinstance(layer, DecoderLayer)
+            if self.native is None:
+                x = layer(x, rotation, attention, index)
+            else:
+                x = self.native.mlp(index, layer.attend(x, rotation, attention, index))
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """How a CPU multiplies activations by a weight: the layout it is kept in, and the operator for it.
 
-Two layouts, of which a process picks one for all its weights, so that none is held twice:
+Three layouts, of which a process picks one for all its weights, so that none is held twice:
 
-- onednn: oneDNN's own blocked format. Elementwise work next to a product is done inside it.
+- native: panels for the kernels of stagemesh.stage.native, float32 only. They multiply while they read, where the
+  other two read and then multiply.- onednn: oneDNN's own blocked format. Elementwise work next to a product is done inside it.
 - transposed: [in, out], for MKL's matmul. MKL reads the weight at full bandwidth for one row this way and
   reaches blocked speed from a few rows on, where [out, in] falls back to something three times slower.
 
-Which one is faster depends on who made the CPU: MKL keeps its AVX-512 kernels from any but Intel's
-(docs/performance.md, "CPU linears").
+Without the kernels, which one is faster depends on who made the CPU: MKL keeps its AVX-512 kernels from any but
+Intel's (docs/performance.md, "CPU linears").
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 import torch.nn.functional as F
 
-Layout: TypeAlias = Literal["transposed", "onednn"]
+from stagemesh.stage import native
+
+Layout: TypeAlias = Literal["native", "transposed", "onednn"]
 
 _TUNED_ROWS = 16
 """Rows that oneDNN picks its blocking for; the choice for 1 row makes 16 rows half as fast, not the reverse."""
@@ -38,6 +41,32 @@ class GatedProduct(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate(x)) * up(x), [T, in] to [T, columns]."""
+
+
+class Native:
+    """A weight in panels."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.panels = native.in_panels(weight)
+        self._out_features = weight.shape[0]
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return native.linear(x, self.panels, self._out_features, residual)
+
+
+class NativeGated:
+    """Both halves in one product, their elementwise work after it; a decode step does that within (native_layers)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        gate, up = weight.chunk(2)
+        self.panels = native.gated_in_panels(gate, up)
+        self._columns = gate.shape[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        both = native.linear(x, self.panels, len(self.panels) * native.PANEL).unflatten(
+            1, (-1, 2, native.LANES)
+        )
+        return F.silu(both[:, :, 0]).mul_(both[:, :, 1]).flatten(1)[:, : self._columns]
 
 
 class Transposed:
@@ -86,21 +115,27 @@ class OneDNNGated:
 
 def pack(weight: torch.Tensor, layout: Layout) -> Product:
     """Ready a weight [out, in]. On another device than the CPU the layout is [in, out]."""
+    if layout == "native" and _is_native(weight):
+        return Native(weight)
     return OneDNN(weight) if _packs(weight, layout) else Transposed(weight)
 
 
 def pack_gated(weight: torch.Tensor, layout: Layout) -> GatedProduct:
     """Ready the weights of gate and up, one over the other."""
+    if layout == "native" and _is_native(weight):
+        return NativeGated(weight)
     return OneDNNGated(weight) if _packs(weight, layout) else TransposedGated(weight)
 
 
 @cache
-def fastest_layout() -> Layout:
-    """The layout for this machine's CPU.
+def fastest_layout(dtype: torch.dtype) -> Layout:
+    """The layout for weights of that type on this machine's CPU.
 
-    By its maker and not by a trial at each start, which on a busy machine could come out either way: two
+    By its instructions and its maker and not by a trial at each start, which on a busy machine could come out either way: two
     starts of a stage then give the same sums to the last bit.
     """
+    if dtype == torch.float32 and native.is_available():
+        return "native"
     measured_on = torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"
     return "onednn" if measured_on and not _is_intel() else "transposed"
 
@@ -108,6 +143,10 @@ def fastest_layout() -> Layout:
 def _is_intel() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+
+
+def _is_native(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _packs(weight: torch.Tensor, layout: Layout) -> bool:

@@ -93,6 +93,7 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Eng
     began = time.perf_counter()
     import torch
 
+    from stagemesh.stage import native
     from stagemesh.stage.engine.torch_engine import TorchEngine
     from stagemesh.stage.group import RankGroup
 
@@ -100,6 +101,10 @@ def _torch_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Eng
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     if spec.config.linears == "onednn" and not torch.backends.mkldnn.is_available():
         raise ConfigError("--linears onednn: this torch has no oneDNN; leave the flag out")
+    if spec.config.linears == "native" and not native.is_available():
+        raise ConfigError(
+            "--linears native: it was built without a C compiler, or this CPU has no AVX-512; leave the flag out"
+        )
     torch.set_num_threads(spec.config.num_threads)
     imported = time.perf_counter()
     group = RankGroup.connect(
