@@ -22,6 +22,7 @@ from stagemesh.wire.polling import with_polling
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 SERVICE = "stagemesh.v1.InferenceService"
+COMMAND = ("-m", "stagemesh.client.cli")
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -60,6 +61,7 @@ def sim_mesh(
     stage: Sequence[str] = (),
     model: Path | None = None,
     result_delay_s: float | None = None,
+    command: Sequence[str] = COMMAND,
 ) -> Iterator[SimMesh]:
     """Start a stage for each cost expression and a router; stop them at the end.
 
@@ -70,6 +72,7 @@ def sim_mesh(
         model: Whose shape and tokenizer to use; None: SHAPE, without a tokenizer.
         result_delay_s: Put a proxy before the last stage that holds back what it answers by this long; None: no
             proxy.
+        command: Arguments of Python that start `stagemesh`.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -80,18 +83,16 @@ def sim_mesh(
             place = ["--stage", f"{index}/{len(costs)}", "--listen", "127.0.0.1:0", "--threads", "1"]
             engine = ["--engine", "sim", "--cost", cost, *stage]
             processes.append(
-                _start(stack, folder, f"stage{index}", ["stage", "--model", served, *place, *engine])
+                _start(stack, folder, f"stage{index}", [*command, "stage", "--model", served, *place, *engine])
             )
         addresses = [_address(process, log) for process, log in processes]
         if result_delay_s is not None:
-            command = [sys.executable, str(Path(__file__).with_name("delay_proxy.py")), addresses[-1]]
-            addresses[-1] = _address(
-                *_start(stack, folder, "proxy", [], command=[*command, str(result_delay_s)])
-            )
+            proxy = [str(Path(__file__).with_name("delay_proxy.py")), addresses[-1], str(result_delay_s)]
+            addresses[-1] = _address(*_start(stack, folder, "proxy", proxy))
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         stages = [part for address in addresses for part in ("--stage", address)]
         process, log = _start(
-            stack, folder, "router", ["router", "--model", served, *stages, *ports, *router]
+            stack, folder, "router", [*command, "router", "--model", served, *stages, *ports, *router]
         )
         listen = _address(process, log)
         _wait_ready(listen, process, log)
@@ -107,14 +108,12 @@ def sim_mesh(
 Child = tuple["subprocess.Popen[bytes]", Path]
 
 
-def _start(
-    stack: ExitStack, folder: Path, name: str, args: Sequence[str], command: Sequence[str] | None = None
-) -> Child:
+def _start(stack: ExitStack, folder: Path, name: str, args: Sequence[str]) -> Child:
     log = folder / f"{name}.log"
     environment = with_polling({**os.environ, "STAGEMESH_PDEATHSIG": str(os.getpid())})
     with log.open("w") as out:
         process = subprocess.Popen(
-            command or [sys.executable, "-m", "stagemesh.client.cli", *args],
+            [sys.executable, *args],
             stdout=out,
             stderr=out,
             env=environment,

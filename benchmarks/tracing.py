@@ -3,10 +3,12 @@
     python benchmarks/tracing.py --json
 
 Simulated stages (real leaders, workers, links and router; engines that sleep), one Session with many requests, and
-an OTLP receiver that takes what comes. In a block two meshes are up, one without tracing and one that samples 1% of
-the requests, or all; a pair is the same load on both, one after the other. There are two blocks for 1%, since
-less is at stake; each has fresh meshes, lest one's luck with memory decides. An overhead is the
-median over the pairs of on over off, with a 95% interval of that median by bootstrap; its upper bound counts.
+an OTLP receiver that takes what comes. One mesh serves turn after turn of the same load, and tracing is switched
+between them (tracing_switch.py): every second turn is off, those between are 1% of the requests, all, and off once
+more, the control. A turn ends when what it owes is paid: its requests' spans made and exported, beside what is
+exported every five seconds anyway. A pair is a turn against the mean of the turns off before and after it, so that
+what changes slowly drops out. An overhead is the median over its pairs, with a 95% interval of that median by
+bootstrap; its upper bound counts. The control says what this can tell apart: its interval should hold 0.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -33,74 +38,119 @@ COST = "4ms"
 STREAMS = 192
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
-BLOCKS = {"1%": 2, "all": 1}
-"""Times that fresh meshes are started."""
-PAIRS = 12
-"""Of each block."""
-LOADS = 4
-"""Of a turn: together they take about as long as it is between two exports (OTEL_BSP_SCHEDULE_DELAY, 5 s)."""
+ROUNDS = 36
+"""Each has a turn of every mode, in an order of its own."""
+WARM_UP_ROUNDS = 1
+"""Not counted."""
+LOADS = 2
+"""Of a turn."""
 BOOTSTRAPS = 10_000
+RATIOS = {"1%": 0.01, "all": 1.0, "control": 0.0}
+TARGETS = {"1%": 1.0, "all": 10.0}
+NAMES = {
+    "1%": "CPU of a token, 1% of the requests traced, over tracing off",
+    "all": "CPU of a token, all of the requests traced, over tracing off",
+    "control": "CPU of a token, tracing off, over tracing off",
+}
 Floats = npt.NDArray[np.float64]
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-RATIOS = {"off": "", "1%": "0.01", "all": "1.0"}
-TARGETS = {"1%": 1.0, "all": 10.0}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="of each block")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of each mode")
+    parser.add_argument("--loads", type=int, default=LOADS, help="loads of a turn")
+    parser.add_argument("--turns", type=Path, help="write the cost of every turn to this file")
     options = parser.parse_args()
     report = Report("tracing", options.json)
     with receiver() as (endpoint, received):
-        for mode, target in TARGETS.items():
-            blocks = [measure_block(mode, endpoint, options.pairs) for _ in range(BLOCKS[mode])]
-            add_row(report, mode, target, blocks)
-    report.add(
-        "spans that the receiver got", received["bytes"] / 1e6, "MB", reference=f"{received['calls']} exports"
-    )
+        turns = measure(endpoint, options.rounds, options.loads)
+    if options.turns:
+        options.turns.write_text("".join(f"{mode} {cost * 1e6:.3f}\n" for mode, cost in turns))
+    for mode in RATIOS:
+        add_row(report, mode, turns)
+    size = received["bytes"] / 1e6
+    report.add("spans that the receiver got", size, "MB", reference=f"{received['calls']} exports")
     report.finish()
 
 
-def add_row(report: Report, mode: str, target: float, blocks: list[Floats]) -> None:
-    """One overhead; blocks are [pairs, 2] seconds of a token, off and on."""
-    costs = np.concatenate(blocks)
-    ratios = costs[:, 1] / costs[:, 0] - 1
+def add_row(report: Report, mode: str, turns: list[tuple[str, float]]) -> None:
+    """One overhead, from (mode, seconds of a token) of every turn."""
+    pairs = np.array(
+        [
+            (cost, (turns[place - 1][1] + turns[place + 1][1]) / 2)
+            for place, (what, cost) in enumerate(turns)
+            if what == mode
+        ]
+    )
+    ratios = pairs[:, 0] / pairs[:, 1] - 1
     low, high = interval(ratios)
-    each = " ".join(f"{np.median(block[:, 1] / block[:, 0]) - 1:+.2%}" for block in blocks)
-    off, on = np.median(costs, axis=0) * 1e6
+    on, off = np.median(pairs, axis=0) * 1e6
     report.add(
-        f"CPU of a token, {mode} of the requests traced, over tracing off",
+        NAMES[mode],
         high * 100,
         "%",
-        target=target,
+        target=TARGETS.get(mode),
         at_most=True,
         reference=f"upper bound of the 95% interval {low:+.2%} to {high:+.2%} of the median "
-        f"{np.median(ratios):+.2%} of {len(ratios)} pairs (by block {each}); {on:.2f} µs against {off:.2f} µs",
+        f"{np.median(ratios):+.2%} of {len(ratios)} pairs; {on:.2f} µs against {off:.2f} µs",
     )
 
 
-def measure_block(mode: str, endpoint: str, pairs: int) -> Floats:
-    """[pairs, 2] seconds of CPU for a token, off and on, of two fresh meshes; a pair before them is not counted.
-
-    A mesh's turn lasts from the start of its load to the start of its next one, so that the export of its spans,
-    and whatever else it does while the other works, is in the price.
-    """
+def measure(endpoint: str, rounds: int, loads: int) -> list[tuple[str, float]]:
+    """(mode, seconds of CPU for a token) of every turn that counts, in order; the first and the last are off."""
+    draw = random.Random(1)
+    modes = ["off"]
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for mode in draw.sample(list(RATIOS), len(RATIOS)):
+            modes += (mode, "off")
     with ExitStack() as stack:
-        meshes = []
-        for ratio in (RATIOS["off"], RATIOS[mode]):
-            with environment(ratio, endpoint):
-                slots = ("--max-sequences", str(STREAMS // STAGES))
-                mesh = stack.enter_context(sim_mesh([COST] * STAGES, router=slots))
-            meshes.append((stack.enter_context(Client(mesh.listen)), processes(mesh)))
-        spent = np.zeros((pairs + 2, 2))
-        tokens = np.zeros((pairs + 2, 2))
-        for pair in range(pairs + 2):
-            for place, (client, pids) in enumerate(meshes):
-                spent[pair, place] = sum(map(cpu_seconds, pids))
-                tokens[pair, place] = sum(load(client, seed=LOADS * pair + turn) for turn in range(LOADS))
-        return np.diff(spent, axis=0)[1:] / tokens[1:-1]
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with environment(endpoint):
+            command = (str(Path(__file__).with_name("tracing_switch.py")), folder)
+            slots = ("--max-sequences", str(STREAMS // STAGES))
+            mesh = stack.enter_context(sim_mesh([COST] * STAGES, router=slots, command=command))
+        client = stack.enter_context(Client(mesh.listen))
+        switches = [
+            stack.enter_context(Switch(Path(folder) / str(pid)))
+            for pid in (mesh.router_pid, *mesh.stage_pids)
+        ]
+        pids = processes(mesh)
+        turns = []
+        for number, mode in enumerate(modes):
+            for switch in switches:
+                switch.say(f"ratio {RATIOS.get(mode, 0.0)}")
+            before = sum(map(cpu_seconds, pids))
+            tokens = sum(load(client, seed=loads * number + part) for part in range(loads))
+            for switch in switches:
+                switch.say("settle")
+            turns.append((mode, (sum(map(cpu_seconds, pids)) - before) / tokens))
+    return turns[2 * len(RATIOS) * WARM_UP_ROUNDS :]
+
+
+class Switch:
+    """Tracing of one process, by the socket of its tracing_switch.py."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("rw")
+
+    def __enter__(self) -> Switch:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def say(self, command: str) -> None:
+        """Returns when it is done."""
+        self._lines.write(command + "\n")
+        self._lines.flush()
+        if self._lines.readline() != "done\n":
+            raise RuntimeError(f"'{command}' failed in a process of the mesh")
 
 
 def load(client: Client, seed: int) -> int:
@@ -117,15 +167,10 @@ def load(client: Client, seed: int) -> int:
 
 
 @contextmanager
-def environment(ratio: str, endpoint: str) -> Iterator[None]:
-    """The OTEL_* variables of a sampling ratio, for the processes that start within; none where it is empty."""
-    names = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
-        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-        "OTEL_TRACES_SAMPLER_ARG": ratio,
-    }
-    if ratio:
-        os.environ.update(names)
+def environment(endpoint: str) -> Iterator[None]:
+    """The OTEL_* variables of tracing, for the processes that start within."""
+    names = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_TRACES_SAMPLER": "parentbased_traceidratio"}
+    os.environ.update(names)
     try:
         yield
     finally:
