@@ -83,7 +83,9 @@ def sim_mesh(
             place = ["--stage", f"{index}/{len(costs)}", "--listen", "127.0.0.1:0", "--threads", "1"]
             engine = ["--engine", "sim", "--cost", cost, *stage]
             processes.append(
-                _start(stack, folder, f"stage{index}", [*command, "stage", "--model", served, *place, *engine])
+                _start(
+                    stack, folder, f"stage{index}", [*command, "stage", "--model", served, *place, *engine]
+                )
             )
         addresses = [_address(process, log) for process, log in processes]
         if result_delay_s is not None:

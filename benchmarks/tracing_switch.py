@@ -32,6 +32,7 @@ from stagemesh.router.api.requests import Requests
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.stage import serve as stage
+from stagemesh.stage import telemetry
 from stagemesh.stage.leader.leader import StageLeader
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.wire.telemetry.exporter import SpanExporter
@@ -65,7 +66,7 @@ class RouterSwitch:
                 super().__init__(model, spans)
                 switch.streams = self
 
-        router.Requests, router.Streams = KeptRequests, KeptStreams  # type: ignore[attr-defined]
+        replace_names(router, Requests=KeptRequests, Streams=KeptStreams)
 
     def set_ratio(self, ratio: float) -> None:
         """In the event loop."""
@@ -102,15 +103,13 @@ class StageSwitch:
                 switch.leader, switch.spans = self, self._spans
                 switch.loop = asyncio.get_running_loop()
 
-        start = stage.start_exporter
-
         def start_exporter(config: Any) -> SpanExporter | None:
-            exporter = start(config)
+            exporter = telemetry.start_exporter(config)
             assert exporter is not None, "OTEL_EXPORTER_OTLP_ENDPOINT is not set"
             self.exporter = exporter
             return exporter
 
-        stage.StageLeader, stage.start_exporter = KeptLeader, start_exporter  # type: ignore[attr-defined]
+        replace_names(stage, StageLeader=KeptLeader, start_exporter=start_exporter)
 
     def set_ratio(self, ratio: float) -> None:
         """In the event loop."""
@@ -139,6 +138,12 @@ def serve(switch: RouterSwitch | StageSwitch, path: Path) -> None:
                 switch.exporter.flush()
             lines.write("done\n")
             lines.flush()
+
+
+def replace_names(module: object, **values: object) -> None:
+    """What a module finds under these names from now on."""
+    for name, value in values.items():
+        setattr(module, name, value)
 
 
 def in_loop(switch: RouterSwitch | StageSwitch, call: Callable[[], Any]) -> Any:

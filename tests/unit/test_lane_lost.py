@@ -22,7 +22,9 @@ def ignore(*_: object) -> None:
 @pytest.fixture
 async def lane() -> AsyncIterator[Lane]:
     """One that serves, as far as its losses go."""
-    events = LaneEvents(on_deltas=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore)
+    events = LaneEvents(
+        on_deltas=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore, on_forget=ignore
+    )
     one = Lane(RouterConfig(model="m", stages=ADDRESSES), "f" * 64, 128, events)
     one._lost = asyncio.get_running_loop().create_future()
     yield one

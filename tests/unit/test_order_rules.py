@@ -69,7 +69,9 @@ def test_a_decode_names_the_step_that_sampled_its_input() -> None:
 
 async def test_every_stage_gets_the_same_steps_in_the_same_order() -> None:
     addresses = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
-    events = LaneEvents(on_deltas=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore)
+    events = LaneEvents(
+        on_deltas=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore, on_forget=ignore
+    )
     lane = Lane(RouterConfig(model="m", stages=addresses), "f" * 64, 128, events)
     sent: list[list[bytes]] = [[] for _ in addresses]
     for stage, messages in zip(lane.stages, sent, strict=True):

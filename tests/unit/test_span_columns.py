@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
-from stagemesh.wire.telemetry.span_columns import SERVER, SpanTemplate, ids, link_rows, one_span
+from stagemesh.wire.telemetry.span_columns import (
+    SERVER,
+    SpanTemplate,
+    TextAttribute,
+    attribute,
+    ids,
+    link_rows,
+    parent_field,
+    status,
+)
 
 TRACES = ids(bytes(range(48)), 16)
 SPANS = ids(bytes(range(100, 124)), 8)
@@ -52,7 +61,7 @@ def test_roots_have_no_parent_and_links_of_their_own() -> None:
     template = SpanTemplate("step", root=True)
     contexts = ids(bytes(range(48)), 24)
     links = [b"", link_rows(contexts[:1]).tobytes(), link_rows(contexts).tobytes()]
-    data = template.encode(trace_ids=TRACES, span_ids=SPANS, starts_ns=STARTS, ends_ns=ENDS, links=links)
+    data = template.encode(trace_ids=TRACES, span_ids=SPANS, starts_ns=STARTS, ends_ns=ENDS, tails=links)
     spans = ScopeSpans.FromString(data).spans
     assert [len(span.links) for span in spans] == [0, 1, 2]
     assert not any(span.parent_span_id for span in spans)
@@ -65,20 +74,43 @@ def test_an_empty_batch_is_nothing() -> None:
     assert template.encode(trace_ids=TRACES[:0], span_ids=SPANS[:0], starts_ns=none, ends_ns=none) == b""
 
 
-@pytest.mark.parametrize("error", [None, "no lane"])
-def test_a_single_span_has_a_kind_and_the_status_of_its_error(error: str | None) -> None:
-    data = one_span(
-        "generate m",
-        trace_id=TRACES[0].tobytes(),
-        span_id=SPANS[0].tobytes(),
-        parent_id=bytes(8),
-        start_ns=5,
-        end_ns=6,
-        attributes={"a" * 200: "b" * 300},
-        kind=SERVER,
-        error=error,
+def test_a_span_with_one_link_each() -> None:
+    contexts = ids(bytes(range(72)), 24)
+    template = SpanTemplate("prefill", columns={"number": "int"}, linked=True)
+    data = template.encode(
+        trace_ids=TRACES,
+        span_ids=SPANS,
+        parent_ids=PARENTS,
+        starts_ns=STARTS,
+        ends_ns=ENDS,
+        links=contexts,
+        columns={"number": np.arange(3)},
     )
-    (span,) = ScopeSpans.FromString(data).spans
-    assert (span.name, span.kind, span.parent_span_id) == ("generate m", 2, b"")
+    spans = ScopeSpans.FromString(data).spans
+    assert [link.trace_id + link.span_id for span in spans for link in span.links] == [
+        row.tobytes() for row in contexts
+    ]
+    assert [span.attributes[0].value.int_value for span in spans] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, 119, 120, 127, 128, 20_000])
+def test_a_text_of_any_length(length: int) -> None:
+    key = TextAttribute("key")
+    tails = [key.encode("é" * length), key.encode("e" * length), attribute("key", "e" * length)]
+    data = SpanTemplate("s", root=True).encode(
+        trace_ids=TRACES, span_ids=SPANS, starts_ns=STARTS, ends_ns=ENDS, tails=tails
+    )
+    spans = ScopeSpans.FromString(data).spans
+    values = [(entry.key, entry.value.string_value) for span in spans for entry in span.attributes]
+    assert values == [("key", "é" * length), ("key", "e" * length), ("key", "e" * length)]
+
+
+@pytest.mark.parametrize("error", [None, "no lane"])
+def test_what_some_spans_have_comes_at_their_end(error: str | None) -> None:
+    template = SpanTemplate("generate m", kind=SERVER, root=True)
+    tails = [b"", parent_field(PARENTS[0].tobytes()) + (status(error) if error else b""), b""]
+    data = template.encode(trace_ids=TRACES, span_ids=SPANS, starts_ns=STARTS, ends_ns=ENDS, tails=tails)
+    first, span, _ = ScopeSpans.FromString(data).spans
+    assert (first.name, first.kind, first.parent_span_id) == ("generate m", 2, b"")
+    assert span.parent_span_id == PARENTS[0].tobytes()
     assert (span.status.code, span.status.message) == ((2, error) if error else (0, ""))
-    assert span.attributes[0].value.string_value == "b" * 300

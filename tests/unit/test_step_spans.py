@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
 from stagemesh.router.lane.step_records import StepRecords
@@ -45,11 +46,17 @@ class Lane:
         self.spans.open_lane(epoch, 8, self.records)
         self.records.clear()
 
-    def send(self, number: int, slots: list[int], admitted: list[Sequence] | None = None) -> str:
+    def send(
+        self,
+        number: int,
+        slots: list[int],
+        admitted: list[Sequence] | None = None,
+        released: list[int] | None = None,
+    ) -> str:
         count = len(slots)
         step = Step(
             number=number,
-            changes=Changes(admitted=admitted or []),
+            changes=Changes(admitted=admitted or [], released=released or []),
             slots=np.array(slots),
             counts=np.ones(count, np.int64),
             input_steps=np.ones(count, np.uint64),
@@ -97,7 +104,7 @@ def test_a_step_has_a_trace_when_a_sampled_request_is_in_it() -> None:
         assert (values[Attribute.STEP], values[Attribute.EPOCH]) == (number, 5)
         assert (values[Attribute.ROWS], values[Attribute.PREFILL_TOKENS]) == (len(links) + 1, 0)
         assert span.end_time_unix_nano - span.start_time_unix_nano == 500
-        assert lane.spans.ids.of(number) == (span.trace_id, span.span_id)
+        assert lane.spans.ids.of(np.array([number])).tobytes() == span.trace_id + span.span_id
     assert lane.exporter.spans() == [], "given away twice"
 
 
@@ -127,8 +134,29 @@ def test_links_are_bounded() -> None:
 
 
 def test_ids_of_steps_differ_and_are_valid() -> None:
-    ids = StepIds(0, 0)
-    seen = {part for number in range(1, 2000) for part in ids.of(number)}
+    made = StepIds(0, 0)
+    contexts = made.of(np.arange(1, 2000))
+    seen = {part for row in contexts for part in (row[:16].tobytes(), row[16:].tobytes())}
     assert len(seen) == 2 * 1999
-    low = np.array([int.from_bytes(ids.of(number)[0][8:], "big") / 2**64 for number in range(1, 2000)])
+    low = np.array([int.from_bytes(row[8:16].tobytes(), "big") / 2**64 for row in contexts])
     assert abs(np.mean(low < 0.1) - 0.1) < 0.01, "a sampler by ratio would be misled"
+
+
+@pytest.mark.parametrize("seed", [0, (1 << 64) - 1, 1 << 63])
+def test_the_ids_of_many_steps_are_those_in_their_traceparents(seed: int) -> None:
+    made = StepIds(seed, seed)
+    numbers = np.array([1, 2, 1 << 31, (1 << 40) + 7])
+    for row, number in zip(made.of(numbers), numbers.tolist(), strict=True):
+        context = TraceContext.parse(made.traceparent(number))
+        assert context is not None
+        assert row.tobytes() == context.trace_id + context.span_id
+
+
+def test_a_slot_that_is_given_back_and_given_away_in_one_step_is_the_next_ones() -> None:
+    lane = Lane()
+    assert lane.send(1, [0, 1], [sequence(0, TRACES[0]), sequence(1)])
+    assert lane.send(2, [0, 1], [sequence(0, TRACES[1])], released=[0])
+    assert lane.send(3, [0, 1], [sequence(0), sequence(1, TRACES[2])], released=[0, 1])
+    assert lane.send(4, [0]) == ""
+    assert lane.send(5, [0], released=[1]) == ""
+    assert not lane.spans._any_traced, "from here on a step costs one branch"

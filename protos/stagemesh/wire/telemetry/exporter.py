@@ -92,13 +92,15 @@ class SpanExporter:
 
     def _send(self, data: bytes, count: int) -> None:
         # Fields of a message may stand in any order and piece by piece, so the spans need no second encoding.
-        scope_spans = _field(2, self._scope + data)
-        request = _field(1, self._resource + scope_spans)
+        scope_spans = _head(2, len(self._scope) + len(data))
+        inner = len(self._resource) + len(scope_spans) + len(self._scope) + len(data)
+        request = b"".join((_head(1, inner), self._resource, scope_spans, self._scope, data))
         if self._sender.send(request):
             self.num_exported += count
         else:
             self.num_dropped += count
 
 
-def _field(number: int, data: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + varint(len(data)) + data
+def _head(number: int, size: int) -> bytes:
+    """What stands before a field that is a message of that size."""
+    return bytes([number << 3 | 2]) + varint(size)

@@ -20,8 +20,15 @@ INTERNAL, SERVER = 1, 2
 """Kinds of a span on the wire; the client's spans are the SDK's."""
 
 _VARINT_BYTES = 8
-"""Of an integer attribute: padded, so that every value has the same size; up to 56 bits."""
+"""Of an integer attribute: padded, so that every value has the same size; 0 to 2**56 - 1."""
+_TRACE_ID, _SPAN_ID = ("u1", (16,)), ("u1", (8,))
+_VALUES: dict[str, tuple[bytes, Any]] = {
+    "int": (b"\x18", ("u1", (_VARINT_BYTES,))),
+    "float": (b"\x21", "<f8"),
+}
+"""Tag and type of an attribute's value."""
 _LINK_BYTES = 28
+_LINK_HEAD = bytes((0x6A, _LINK_BYTES, 0x0A, 16))
 LINK_ROW = 2 + _LINK_BYTES
 """Bytes of one link as a field of a span."""
 
@@ -36,7 +43,8 @@ class SpanTemplate:
         attributes: The same on each of them.
         columns: Keys of attributes that differ, with the type of their value.
         kind: INTERNAL or SERVER.
-        root: Whether they have no parent.
+        root: Whether they have no parent, or some have: those get theirs as a tail.
+        linked: Whether each has one link.
     """
 
     def __init__(
@@ -47,34 +55,41 @@ class SpanTemplate:
         columns: Mapping[str, Literal["int", "float"]] | None = None,
         kind: int = INTERNAL,
         root: bool = False,
+        linked: bool = False,
     ) -> None:
         body = bytearray()
-        self._offsets: dict[str, int] = {}
+        places: dict[str, tuple[Any, int]] = {}
 
-        def place(key: str, tag: bytes, size: int) -> None:
+        def place(key: str, tag: bytes, type_: Any) -> None:
             body.extend(tag)
-            self._offsets[key] = len(body)
-            body.extend(bytes(size))
+            places[key] = (type_, len(body))
+            body.extend(bytes(_size(type_)))
 
-        place("trace_id", b"\x0a\x10", 16)
-        place("span_id", b"\x12\x08", 8)
+        place("trace_id", b"\x0a\x10", _TRACE_ID)
+        place("span_id", b"\x12\x08", _SPAN_ID)
         if not root:
-            place("parent_id", b"\x22\x08", 8)
+            place("parent_id", b"\x22\x08", _SPAN_ID)
         body += _text(5, name)
         body += b"\x30" + bytes([kind])
-        place("start", b"\x39", 8)
-        place("end", b"\x41", 8)
+        place("start", b"\x39", "<i8")
+        place("end", b"\x41", "<i8")
         for key, value in (attributes or {}).items():
             body += attribute(key, value)
         self._columns = dict(columns or {})
-        for key, type_ in self._columns.items():
-            size = _VARINT_BYTES if type_ == "int" else 8
-            value_tag = b"\x18" if type_ == "int" else b"\x21"
+        for key, column in self._columns.items():
+            value_tag, type_ = _VALUES[column]
+            size = _size(type_)
             head = _text(1, key) + b"\x12" + varint(1 + size) + value_tag
-            body += b"\x4a" + varint(len(head) + size) + head[:-1]
-            place(key, head[-1:], size)
-        self._root = root
+            place(key, b"\x4a" + varint(len(head) + size) + head, type_)
+        if linked:
+            place("linked_trace_id", _LINK_HEAD, _TRACE_ID)
+            place("linked_span_id", b"\x12\x08", _SPAN_ID)
+        self._root, self._linked = root, linked
+        self._size = len(body)
+        self._head = b"\x12" + varint(len(body))
         self._body = bytes(body)
+        self._places = places
+        self._whole, self._bare = self._layout(len(self._head)), self._layout(0)
 
     def encode(
         self,
@@ -84,8 +99,9 @@ class SpanTemplate:
         starts_ns: Int64,
         ends_ns: Int64,
         parent_ids: Bytes | None = None,
-        links: Sequence[bytes] | None = None,
+        links: Bytes | None = None,
         columns: Mapping[str, npt.NDArray[Any]] | None = None,
+        tails: Sequence[bytes] | None = None,
     ) -> bytes:
         """The spans as fields of a ScopeSpans.
 
@@ -95,34 +111,69 @@ class SpanTemplate:
             starts_ns: [N] nanoseconds of the wall clock.
             ends_ns: [N] the same.
             parent_ids: [N, 8]; not for roots.
-            links: The links of each span, as `link_rows` makes them.
+            links: [N, 24] trace and span id that each is linked to; only if `linked`.
             columns: [N] values of every key given to the constructor.
+            tails: Further fields of each span, encoded.
         """
         count = len(span_ids)
         if not count:
             return b""
-        rows = np.tile(np.frombuffer(self._body, np.uint8), (count, 1))
-
-        def put(key: str, values: Bytes) -> None:
-            rows[:, self._offsets[key] : self._offsets[key] + values.shape[1]] = values
-
-        put("trace_id", trace_ids)
-        put("span_id", span_ids)
+        head, layout = (self._head, self._whole) if tails is None else (b"", self._bare)
+        data = bytearray((head + self._body) * count)
+        rows = np.frombuffer(data, layout)
+        rows["trace_id"], rows["span_id"] = trace_ids, span_ids
+        rows["start"], rows["end"] = starts_ns, ends_ns
         if not self._root:
             assert parent_ids is not None
-            put("parent_id", parent_ids)
-        put("start", _fixed(starts_ns, "<i8"))
-        put("end", _fixed(ends_ns, "<i8"))
-        for key, type_ in self._columns.items():
+            rows["parent_id"] = parent_ids
+        if self._linked:
+            assert links is not None
+            rows["linked_trace_id"], rows["linked_span_id"] = links[:, :16], links[:, 16:]
+        for key, column in self._columns.items():
             values = (columns or {})[key]
-            put(key, _varints(values) if type_ == "int" else _fixed(values, "<f8"))
-        if links is None:
-            head = np.frombuffer(b"\x12" + varint(rows.shape[1]), np.uint8)
-            return np.hstack((np.tile(head, (count, 1)), rows)).tobytes()
-        parts: list[bytes] = []
-        for row, linked in zip(rows, links, strict=True):
-            parts += (b"\x12" + varint(len(row) + len(linked)), row.tobytes(), linked)
+            rows[key] = _varints(values) if column == "int" else values
+        if tails is None:
+            return bytes(data)
+        parts: list[bytes | memoryview] = []
+        view, size = memoryview(data), self._size
+        for begin, tail in zip(range(0, count * size, size), tails, strict=True):
+            parts += (b"\x12", varint(size + len(tail)), view[begin : begin + size], tail)
         return b"".join(parts)
+
+    def _layout(self, head: int) -> np.dtype[np.void]:
+        """Where the places are in a row that begins with so many other bytes."""
+        types, offsets = zip(*self._places.values(), strict=True)
+        return np.dtype(
+            {
+                "names": list(self._places),
+                "formats": list(types),
+                "offsets": [head + offset for offset in offsets],
+                "itemsize": head + self._size,
+            }
+        )
+
+
+class TextAttribute:
+    """An attribute with a text that differs: what stands before the text is made once for each length.
+
+    Args:
+        key: Of the attribute.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = _text(1, key)
+        self._heads: dict[int, bytes] = {}
+
+    def encode(self, text: str) -> bytes:
+        """A KeyValue as field `attributes` of a span."""
+        data = text.encode()
+        size = len(data)
+        head = self._heads.get(size)
+        if head is None:
+            value = b"\x0a" + varint(size)
+            entry = self._key + b"\x12" + varint(len(value) + size) + value
+            head = self._heads[size] = b"\x4a" + varint(len(entry) + size) + entry
+        return head + data
 
 
 def attribute(key: str, value: AttributeValue) -> bytes:
@@ -142,35 +193,21 @@ def attribute(key: str, value: AttributeValue) -> bytes:
     return b"\x4a" + varint(len(entry)) + entry
 
 
-def one_span(
-    name: str,
-    *,
-    trace_id: bytes,
-    span_id: bytes,
-    parent_id: bytes,
-    start_ns: int,
-    end_ns: int,
-    attributes: Mapping[str, AttributeValue],
-    kind: int = INTERNAL,
-    error: str | None = None,
-) -> bytes:
-    """A span of its own as a field of a ScopeSpans; `error` is the message of a failure, None for none."""
-    body = b"\x0a\x10" + trace_id + b"\x12\x08" + span_id
-    if any(parent_id):
-        body += b"\x22\x08" + parent_id
-    body += _text(5, name) + b"\x30" + bytes([kind])
-    body += b"\x39" + start_ns.to_bytes(8, "little") + b"\x41" + end_ns.to_bytes(8, "little")
-    body += b"".join(attribute(key, value) for key, value in attributes.items())
-    if error is not None:
-        status = _text(2, error) + b"\x18\x02"
-        body += b"\x7a" + varint(len(status)) + status
-    return b"\x12" + varint(len(body)) + body
+def status(error: str) -> bytes:
+    """The status of a span that failed, as a field of it."""
+    message = _text(2, error) + b"\x18\x02"
+    return b"\x7a" + varint(len(message)) + message
+
+
+def parent_field(span_id: bytes) -> bytes:
+    """The parent of a span whose template has none, as a field of it."""
+    return b"\x22\x08" + span_id
 
 
 def link_rows(contexts: Bytes) -> Bytes:
     """[N, 24] trace and span ids as [N, LINK_ROW] links."""
     rows = np.empty((len(contexts), LINK_ROW), np.uint8)
-    rows[:, :4] = (0x6A, _LINK_BYTES, 0x0A, 16)
+    rows[:, :4] = np.frombuffer(_LINK_HEAD, np.uint8)
     rows[:, 4:20] = contexts[:, :16]
     rows[:, 20:22] = (0x12, 8)
     rows[:, 22:] = contexts[:, 16:]
@@ -180,6 +217,10 @@ def link_rows(contexts: Bytes) -> Bytes:
 def ids(data: bytes, size: int) -> Bytes:
     """[N, size] ids that lie back to back."""
     return np.frombuffer(data, np.uint8).reshape(-1, size)
+
+
+def _size(type_: Any) -> int:
+    return int(np.dtype(type_).itemsize)
 
 
 def _text(field: int, text: str) -> bytes:
@@ -203,7 +244,3 @@ def _varints(values: npt.NDArray[Any]) -> Bytes:
     digits = (values.astype(np.uint64)[:, None] >> shifts) & np.uint64(0x7F)
     digits[:, :-1] |= np.uint64(0x80)
     return digits.astype(np.uint8)
-
-
-def _fixed(values: npt.NDArray[Any], dtype: str) -> Bytes:
-    return np.ascontiguousarray(values, dtype=dtype).view(np.uint8).reshape(len(values), 8)

@@ -8,13 +8,11 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 
 import numpy as np
-import numpy.typing as npt
 
 from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.step_records import StepRecords
-from stagemesh.router.lane.timings import BUSY, COLUMNS
-from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.lane.timings import BUSY, COLUMNS, Int64
 from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import admin_pb2
 
@@ -42,6 +40,8 @@ class RequestHistory:
         self._stages = stages
         self._records = records
         self._tracing = tracing
+        if tracing:
+            tracing.requests.stages = stages
         self._kept: OrderedDict[str, LiveRequest | bytes] = OrderedDict()
         """Of a settled one, its trace serialized: many small objects that stay would hold the memory of those
         around them."""
@@ -85,12 +85,18 @@ class RequestHistory:
     def _settle(self, live: LiveRequest) -> None:
         """Work out its times while the stages' are still kept, and let go of the rest."""
         request_id = live.request.request_id
-        if self._tracing and live.request.trace and live.sequence:
-            self._tracing.requests.add(
-                live.request.trace, live, live.sequence, self._stages, self._tracing.steps.ids
-            )
+        steps = _steps_of(live)
+        if self._tracing and live.request.trace and steps:
+            self._tracing.requests.add(live, *steps)
         if self._kept.get(request_id) is live:
-            self._kept[request_id] = self._trace(live).SerializeToString()
+            self._kept[request_id] = self._trace(live, steps).SerializeToString()
+
+    def settle_all(self) -> None:
+        """What the stages have reported is about to be forgotten: what has ended makes do with what is there."""
+        while self._unsettled:
+            self._settle(self._unsettled.popleft()[1])
+        if self._tracing:
+            self._tracing.requests.close_lane()
 
     async def settled(self, request_id: str) -> admin_pb2.GetRequestTraceResponse | None:
         """`trace`; of a request that has just ended, once the stages have reported its last step."""
@@ -106,16 +112,18 @@ class RequestHistory:
         kept = self._kept.get(request_id)
         if isinstance(kept, bytes):
             return admin_pb2.GetRequestTraceResponse.FromString(kept)
-        return self._trace(kept) if kept else None
+        return self._trace(kept, _steps_of(kept)) if kept else None
 
-    def _trace(self, live: LiveRequest) -> admin_pb2.GetRequestTraceResponse:
+    def _trace(
+        self, live: LiveRequest, steps: tuple[Int64, Int64] | None
+    ) -> admin_pb2.GetRequestTraceResponse:
         sequence = live.sequence
         response = admin_pb2.GetRequestTraceResponse(
             request_id=live.request.request_id,
             state="failed" if live.error else live.finish.value if live.finish else "running",
             prompt_tokens=len(live.request.prompt),
             output_tokens=sequence.num_generated if sequence else 0,
-            stages=self._traces(sequence) if sequence else [],
+            stages=self._traces(*steps) if steps else [],
             trace_id=live.request.trace[:16].hex(),
         )
         if response.stages:
@@ -128,9 +136,7 @@ class RequestHistory:
             response.total_ms = (live.ended - live.arrived) * 1e3
         return response
 
-    def _traces(self, sequence: Sequence) -> list[admin_pb2.StageTrace]:
-        prefill = np.array(sequence.prefill_steps, np.int64)
-        decode = np.array(sequence.decode_steps, np.int64)
+    def _traces(self, prefill: Int64, decode: Int64) -> list[admin_pb2.StageTrace]:
         return [
             admin_pb2.StageTrace(
                 stage_index=stage.index,
@@ -140,7 +146,7 @@ class RequestHistory:
             for stage in self._stages
         ]
 
-    def _phase(self, stage: StageLink, numbers: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:
+    def _phase(self, stage: StageLink, numbers: Int64) -> admin_pb2.PhaseTrace:
         phase = _phase(stage.timings.of(numbers))
         if phase.num_steps:
             first, last = int(numbers[0]), int(numbers[-1])
@@ -148,7 +154,13 @@ class RequestHistory:
         return phase
 
 
-def _phase(times_ns: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:
+def _steps_of(live: LiveRequest) -> tuple[Int64, Int64] | None:
+    """Numbers of the steps that computed its prompt, and of those that decoded it; None if it was refused."""
+    sequence = live.sequence
+    return (np.array(sequence.prefill_steps, np.int64), sequence.decode_steps) if sequence else None
+
+
+def _phase(times_ns: Int64) -> admin_pb2.PhaseTrace:
     if not len(times_ns):
         return admin_pb2.PhaseTrace()
     queue, wait, receive, compute, send = (float(total) for total in times_ns.sum(axis=0) / _MS)
@@ -168,7 +180,7 @@ def _phase(times_ns: npt.NDArray[np.int64]) -> admin_pb2.PhaseTrace:
     )
 
 
-def _percentiles_ms(times_ns: npt.NDArray[np.int64]) -> tuple[float, float]:
+def _percentiles_ms(times_ns: Int64) -> tuple[float, float]:
     """p50 and p99 by nearest rank; a tenth of np.percentile's price, which every request pays."""
     ordered = np.sort(times_ns)
     last = len(ordered) - 1

@@ -54,6 +54,7 @@ class Requests:
                 on_admitted=self._take_admitted,
                 on_lost=self._take_lost,
                 on_ready=on_ready,
+                on_forget=lambda: self.history.settle_all(),
             ),
             tracing.steps if tracing else None,
         )

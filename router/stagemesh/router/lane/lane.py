@@ -56,6 +56,8 @@ class LaneEvents:
     """The request's stream ends with that error."""
     on_ready: Callable[[bool], None]
     """The lane can, or can no longer, take requests."""
+    on_forget: Callable[[], None]
+    """A new epoch begins, whose steps count from 1: what is known of the steps before is about to be forgotten."""
 
 
 class Lane:
@@ -202,6 +204,7 @@ class Lane:
         )
         await open_links(self.stages, self.epoch, self._config.link_timeout_s, self._config.link_transport)
         self._lost = asyncio.get_running_loop().create_future()
+        self._events.on_forget()
         for stage in self.stages:
             stage.timings.clear()
             stage.report = stage_pb2.StageReport()

@@ -54,7 +54,7 @@ def _stage(stage: StageLink, numbers: npt.NDArray[np.int64], wall: int) -> admin
     return admin_pb2.StageTimeline(
         stage_index=stage.index,
         address=stage.address,
-        numbers=pack(known, U64),
+        numbers=pack(numbers[known], U64),
         arrival_unix_ns=pack(arrivals - stage.clock.offset_ns + wall, U64),
         queue_ns=queue,
         wait_ns=wait,

@@ -69,11 +69,12 @@ class StageTimings:
         return self.spans_of(numbers)[2]
 
     def spans_of(self, numbers: Int64) -> tuple[Int64, Int64, Int64]:
-        """[known] numbers, [known] arrivals by the stage's monotonic clock, and [known, 5] nanoseconds of
-        COLUMNS, of those steps that are still kept."""
+        """[known] places in `numbers` of those steps that are still kept, their [known] arrivals by the stage's
+        monotonic clock, and [known, 5] nanoseconds of COLUMNS."""
         where = numbers % STEPS_KEPT
-        kept = self._numbers[where] == numbers
-        return numbers[kept], self._arrivals[where[kept]], self._columns[where[kept]]
+        known = np.flatnonzero(self._numbers[where] == numbers)
+        where = where[known]
+        return known, self._arrivals[where], self._columns[where]
 
     def recent(self, count: int = 256) -> Int64:
         """The same for the last `count` steps."""

@@ -1,12 +1,14 @@
 """A request's spans inside the mesh: its queue, each chunk of its prompt on each stage, its decoding on each stage.
 
-They are worked out once, after the request has ended, from what the stages have reported of its steps. Times of
-a stage are moved onto the router's clock (lane/clock.py).
+What is kept of a request that has ended are the numbers of its steps. The spans are worked out from what the stages
+have reported of them, for all requests at once, in the exporter's thread. Times of a stage are moved onto the router's
+clock (lane/clock.py).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -17,11 +19,10 @@ import numpy as np
 from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
-from stagemesh.router.scheduler.sequence import Sequence
-from stagemesh.router.tracing.step_spans import StepIds
+from stagemesh.router.tracing.step_spans import StepSpans
 from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, merge
 from stagemesh.wire.telemetry.names import PART_MS, Attribute, Span
-from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids, link_rows
+from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
@@ -29,26 +30,17 @@ if TYPE_CHECKING:
 _PHASE_COLUMNS = {Attribute.STAGE: "int", Attribute.STEPS: "int", **dict.fromkeys(PART_MS, "float")}
 _STEP_COLUMNS = {Attribute.STAGE: "int", Attribute.STEP: "int", **dict.fromkeys(PART_MS, "float")}
 _FIRST_BUSY = BUSY.start
-AT_ONCE, FULL_AT_ONCE = 64, 2
+AT_ONCE, FULL_AT_ONCE = 256, 2
 """Requests that are encoded together; the second, with a span for each of their steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class _OnStage:
-    """Steps of one request on one stage, by the router's monotonic clock."""
-
-    index: int
-    prefill: tuple[Int64, Int64, Int64]
-    """[n] numbers, [n] arrivals, [n, 5] nanoseconds of COLUMNS."""
-    decode: tuple[Int64, Int64, Int64]
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
     context: bytes
     queue_ns: tuple[int, int]
-    stages: list[_OnStage]
-    steps: StepIds
+    prefill: Int64
+    """Numbers of the steps that computed its prompt."""
+    decode: Int64
 
 
 class RequestSpans:
@@ -56,17 +48,25 @@ class RequestSpans:
 
     Args:
         exporter: Asks for the spans.
+        steps: That the spans are linked to.
         every_step: A span for each decode step too (--trace full).
     """
 
-    def __init__(self, exporter: SpanExporter, *, every_step: bool) -> None:
+    def __init__(self, exporter: SpanExporter, steps: StepSpans, *, every_step: bool) -> None:
+        self._step_spans = steps
         self._max_batch = exporter.settings.max_batch
+        self._at_once = FULL_AT_ONCE if every_step else AT_ONCE
         self._every_step = every_step
         self._ended: SpanBuffer[_Ended] = SpanBuffer(exporter.settings.max_queued)
+        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
+        self._making = threading.Lock()
+        """Held by who reads the stages' times: they may not be forgotten meanwhile."""
+        self.stages: Seq[StageLink] = ()
+        """Of the lane, once there is one."""
         self._queue = SpanTemplate(Span.QUEUE)
-        self._prefill = SpanTemplate(Span.PREFILL, columns=_STEP_COLUMNS)  # type: ignore[arg-type]
+        self._prefill = SpanTemplate(Span.PREFILL, columns=_STEP_COLUMNS, linked=True)  # type: ignore[arg-type]
         self._decode = SpanTemplate(Span.DECODE, columns=_PHASE_COLUMNS)  # type: ignore[arg-type]
-        self._decode_step = SpanTemplate(Span.DECODE_STEP, columns=_STEP_COLUMNS)  # type: ignore[arg-type]
+        self._decode_step = SpanTemplate(Span.DECODE_STEP, columns=_STEP_COLUMNS, linked=True)  # type: ignore[arg-type]
         exporter.register(self._spans)
 
     @property
@@ -74,32 +74,45 @@ class RequestSpans:
         """Requests whose spans did not fit while the receiver was away."""
         return self._ended.num_dropped
 
-    def add(
-        self, context: bytes, request: LiveRequest, sequence: Sequence, stages: Seq[StageLink], steps: StepIds
-    ) -> None:
-        """A sampled request has ended, and the stages have reported its steps."""
-        prefill = np.array(sequence.prefill_steps, np.int64)
-        decode = np.array(sequence.decode_steps, np.int64)
+    def close_lane(self) -> None:
+        """The epoch is over; ids of its steps and the stages' times are not needed after this call."""
+        for chunk in self._make():
+            self._made.add(chunk)
+
+    def add(self, request: LiveRequest, prefill: Int64, decode: Int64) -> None:
+        """A sampled request has ended, and the stages have reported its steps, of these numbers."""
         admitted = request.admitted or request.ended
-        on_stages = [
-            _OnStage(stage.index, _on_router_clock(stage, prefill), _on_router_clock(stage, decode))
-            for stage in stages
-        ]
         queue_ns = (int(request.arrived * 1e9), int(admitted * 1e9))
-        self._ended.add(_Ended(context, queue_ns, on_stages, steps))
+        self._ended.add(_Ended(request.request.trace, queue_ns, prefill, decode))
 
     def _spans(self) -> list[Chunk]:
-        wall = time.time_ns() - time.monotonic_ns()
-        ended = self._ended.take()
-        chunks: list[Chunk] = []
-        at_once = FULL_AT_ONCE if self._every_step else AT_ONCE
-        for begin in range(0, len(ended), at_once):
-            some = ended[begin : begin + at_once]
-            chunks += [self._queues(some, wall), *self._stages(some, wall)]
-        return merge(chunks, self._max_batch)
+        return [*self._made.take(), *self._make()]
 
-    def _queues(self, ended: list[_Ended], wall: int) -> Chunk:
+    def _make(self) -> list[Chunk]:
+        with self._making:
+            ended = self._ended.take()
+            batches = (ended[begin : begin + self._at_once] for begin in range(0, len(ended), self._at_once))
+            return merge([chunk for batch in batches for chunk in self._encode(batch)], self._max_batch)
+
+    def _encode(self, ended: list[_Ended]) -> list[Chunk]:
+        wall = time.time_ns() - time.monotonic_ns()
         contexts = ids(b"".join(one.context for one in ended), 24)
+        chunks = [self._queues(ended, contexts, wall)]
+        prefill, decode = _Steps([one.prefill for one in ended]), _Steps([one.decode for one in ended])
+        for stage in self.stages:
+            if len(there := _OnStage(stage, prefill)):
+                parents = contexts[there.owners, 16:]
+                chunks.append(self._steps(self._prefill, there, contexts, parents, wall))
+            if not len(there := _OnStage(stage, decode)):
+                continue
+            span_ids = _new_ids(len(ended))
+            chunks.append(self._decodes(there, contexts, span_ids, wall))
+            if self._every_step:
+                parents = span_ids[there.owners]
+                chunks.append(self._steps(self._decode_step, there, contexts, parents, wall))
+        return chunks
+
+    def _queues(self, ended: list[_Ended], contexts: Bytes, wall: int) -> Chunk:
         times = np.array([one.queue_ns for one in ended], np.int64) + wall
         data = self._queue.encode(
             trace_ids=contexts[:, :16],
@@ -110,83 +123,81 @@ class RequestSpans:
         )
         return data, len(ended)
 
-    def _stages(self, ended: list[_Ended], wall: int) -> list[Chunk]:
-        chunks = []
-        for place in range(max(len(one.stages) for one in ended)):
-            there = [(one, one.stages[place]) for one in ended if place < len(one.stages)]
-            chunks.append(
-                self._steps(self._prefill, [(one, on.index, on.prefill) for one, on in there], wall)
-            )
-            decoded = [(one, on) for one, on in there if len(on.decode[0])]
-            if not decoded:
-                continue
-            spans = _new_ids(len(decoded))
-            chunks.append(self._decodes(decoded, spans, wall))
-            if self._every_step:
-                rows = [(one, on.index, on.decode) for one, on in decoded]
-                chunks.append(self._steps(self._decode_step, rows, wall, spans))
-        return chunks
-
-    def _decodes(self, decoded: list[tuple[_Ended, _OnStage]], span_ids: Bytes, wall: int) -> Chunk:
-        contexts = ids(b"".join(one.context for one, _ in decoded), 24)
-        sums = np.array([on.decode[2].sum(axis=0) for _, on in decoded]) / 1e6
-        starts = [int(on.decode[1][0] + on.decode[2][0, :_FIRST_BUSY].sum()) for _, on in decoded]
-        ends = [int(on.decode[1][-1] + on.decode[2][-1].sum()) for _, on in decoded]
+    def _decodes(self, on_stage: _OnStage, contexts: Bytes, span_ids: Bytes, wall: int) -> Chunk:
+        """A span a request, from its first decode step's first input to its last one's output."""
+        firsts = np.flatnonzero(np.diff(on_stage.owners, prepend=-1))
+        lasts = np.append(firsts[1:], len(on_stage)) - 1
+        owners = on_stage.owners[firsts]
         data = self._decode.encode(
-            trace_ids=contexts[:, :16],
-            span_ids=span_ids,
-            parent_ids=contexts[:, 16:],
-            starts_ns=np.array(starts, np.int64) + wall,
-            ends_ns=np.array(ends, np.int64) + wall,
+            trace_ids=contexts[owners, :16],
+            span_ids=span_ids[owners],
+            parent_ids=contexts[owners, 16:],
+            starts_ns=on_stage.begins[firsts] + wall,
+            ends_ns=on_stage.ends[lasts] + wall,
             columns={
-                Attribute.STAGE: np.array([on.index for _, on in decoded]),
-                Attribute.STEPS: np.array([len(on.decode[0]) for _, on in decoded]),
-                **_milliseconds(sums),
+                Attribute.STAGE: np.full(len(owners), on_stage.index),
+                Attribute.STEPS: lasts - firsts + 1,
+                **_milliseconds(np.add.reduceat(on_stage.times, firsts, axis=0)),
             },
         )
-        return data, len(decoded)
+        return data, len(owners)
 
     def _steps(
-        self,
-        template: SpanTemplate,
-        rows: list[tuple[_Ended, int, tuple[Int64, Int64, Int64]]],
-        wall: int,
-        parents: Bytes | None = None,
+        self, template: SpanTemplate, on_stage: _OnStage, contexts: Bytes, parents: Bytes, wall: int
     ) -> Chunk:
         """A span a step, from its first input to its output, linked to the trace of the microbatch."""
-        counts = np.array([len(steps[0]) for _, _, steps in rows], np.int64)
-        if not counts.sum():
-            return b"", 0
-        contexts = np.repeat(ids(b"".join(one.context for one, _, _ in rows), 24), counts, axis=0)
-        numbers, arrivals, times = (
-            np.concatenate([steps[part] for _, _, steps in rows]) for part in range(3)
-        )
-        linked = b"".join(
-            b"".join(one.steps.of(number)) for one, _, steps in rows for number in steps[0].tolist()
-        )
-        begins = arrivals + times[:, :_FIRST_BUSY].sum(axis=1) + wall
         data = template.encode(
-            trace_ids=contexts[:, :16],
-            span_ids=_new_ids(len(numbers)),
-            parent_ids=contexts[:, 16:] if parents is None else np.repeat(parents, counts, axis=0),
-            starts_ns=begins,
-            ends_ns=begins + times[:, BUSY].sum(axis=1),
-            links=[row.tobytes() for row in link_rows(ids(linked, 24))],
+            trace_ids=contexts[on_stage.owners, :16],
+            span_ids=_new_ids(len(on_stage)),
+            parent_ids=parents,
+            starts_ns=on_stage.begins + wall,
+            ends_ns=on_stage.ends + wall,
+            links=self._step_spans.ids.of(on_stage.numbers),
             columns={
-                Attribute.STAGE: np.repeat(np.array([index for _, index, _ in rows]), counts),
-                Attribute.STEP: numbers,
-                **_milliseconds(times / 1e6),
+                Attribute.STAGE: np.full(len(on_stage), on_stage.index),
+                Attribute.STEP: on_stage.numbers,
+                **_milliseconds(on_stage.times),
             },
         )
-        return data, len(numbers)
+        return data, len(on_stage)
 
 
-def _on_router_clock(stage: StageLink, numbers: Int64) -> tuple[Int64, Int64, Int64]:
-    kept, arrivals, times = stage.timings.spans_of(numbers)
-    return kept, arrivals - stage.clock.offset_ns, times
+class _Steps:
+    """Steps of many requests, end to end.
+
+    Args:
+        numbers: Of each request.
+    """
+
+    def __init__(self, numbers: list[Int64]) -> None:
+        self.numbers: Int64 = np.concatenate(numbers)
+        self.owners: Int64 = np.repeat(np.arange(len(numbers)), [len(some) for some in numbers])
+        """[n] index of the request."""
 
 
-def _milliseconds(times_ms: np.ndarray) -> dict[str, np.ndarray]:
+class _OnStage:
+    """Those steps that a stage has reported, by the router's monotonic clock.
+
+    Args:
+        stage: That ran them.
+        steps: Of many requests.
+    """
+
+    def __init__(self, stage: StageLink, steps: _Steps) -> None:
+        self.index = stage.index
+        known, arrivals, self.times = stage.timings.spans_of(steps.numbers)
+        """[n, 5] nanoseconds of COLUMNS."""
+        self.numbers, self.owners = steps.numbers[known], steps.owners[known]
+        until = self.times.cumsum(axis=1) + (arrivals - stage.clock.offset_ns)[:, None]
+        self.begins: Int64 = until[:, _FIRST_BUSY - 1]
+        self.ends: Int64 = until[:, -1]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def _milliseconds(times_ns: Int64) -> dict[str, np.ndarray]:
+    times_ms = times_ns / 1e6
     return {PART_MS[index]: times_ms[:, index] for index in range(len(COLUMNS))}
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stagemesh.router.api.stream import RequestStream
+from stagemesh.router.scheduler import Finish
 from stagemesh.router.tracing.request_trace import RequestTrace
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import StagemeshError
@@ -14,10 +18,28 @@ from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, split
 from stagemesh.wire.telemetry.context import TraceContext, new_span_id
 from stagemesh.wire.telemetry.names import PROVIDER, Attribute, Span
 from stagemesh.wire.telemetry.sampling import HeadSampler
-from stagemesh.wire.telemetry.span_columns import SERVER, AttributeValue, one_span
+from stagemesh.wire.telemetry.span_columns import (
+    SERVER,
+    SpanTemplate,
+    TextAttribute,
+    attribute,
+    ids,
+    parent_field,
+    status,
+)
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
+
+_INTEGERS = (
+    Attribute.MAX_TOKENS,
+    Attribute.TOP_K,
+    Attribute.INPUT_TOKENS,
+    Attribute.OUTPUT_TOKENS,
+    Attribute.CACHED_TOKENS,
+)
+_FLOATS = (Attribute.TEMPERATURE, Attribute.TOP_P)
+_FINISHES = {finish: attribute(Attribute.FINISH_REASONS, [finish.value]) for finish in Finish}
 
 
 class ServerSpans:
@@ -30,7 +52,17 @@ class ServerSpans:
 
     def __init__(self, exporter: SpanExporter, model_name: str) -> None:
         self._settings = exporter.settings
-        self._model_name = model_name
+        name = f"{Span.GENERATE} {model_name}"
+        same = {
+            Attribute.PROVIDER: PROVIDER,
+            Attribute.MODEL: model_name,
+            Attribute.RPC_SYSTEM: "grpc",
+        }
+        columns = {**dict.fromkeys(_INTEGERS, "int"), **dict.fromkeys(_FLOATS, "float")}
+        self._template = SpanTemplate(name, attributes=same, columns=columns, kind=SERVER, root=True)  # type: ignore[arg-type]
+        self._refusal = SpanTemplate(name, attributes=same, kind=SERVER, root=True)
+        self._response_id = TextAttribute(Attribute.RESPONSE_ID)
+        self._operation = TextAttribute(Attribute.OPERATION)
         self._sampler = HeadSampler(exporter.settings)
         self._ended: SpanBuffer[tuple[RequestTrace, RequestStream]] = SpanBuffer(self._settings.max_queued)
         self._refused: SpanBuffer[tuple[RequestTrace, StagemeshError, int]] = SpanBuffer(
@@ -68,62 +100,76 @@ class ServerSpans:
 
     def _spans(self) -> list[Chunk]:
         wall = time.time_ns() - time.monotonic_ns()
-        spans = [self._of_stream(trace, stream, wall) for trace, stream in self._ended.take()]
-        spans += [
-            self._span(trace, ended_ns + wall, wall, {Attribute.RESPONSE_ID: error.request_id}, error)
-            for trace, error, ended_ns in self._refused.take()
+        ended, size = self._ended.take(), self._settings.max_batch
+        chunks = [
+            (self._of_streams(ended[begin : begin + size], wall), len(ended[begin : begin + size]))
+            for begin in range(0, len(ended), size)
         ]
-        return split(spans, self._settings.max_batch)
+        refused = [self._of_refusal(*one, wall) for one in self._refused.take()]
+        return [*chunks, *split(refused, size)]
 
-    def _of_stream(self, trace: RequestTrace, stream: RequestStream, wall: int) -> bytes:
-        request = stream.request
-        sampling = request.sampling
-        attributes: dict[str, AttributeValue] = {
-            Attribute.RESPONSE_ID: request.request_id,
-            Attribute.MAX_TOKENS: request.max_tokens,
-            Attribute.TEMPERATURE: float(sampling.temperature),
-            Attribute.TOP_P: float(sampling.top_p),
-            Attribute.TOP_K: sampling.top_k,
-            Attribute.INPUT_TOKENS: len(request.prompt),
-            Attribute.OUTPUT_TOKENS: stream.num_tokens + len(stream.pending),
-            Attribute.CACHED_TOKENS: stream.num_cached,
-            Attribute.PRIORITY: request.priority,
-        }
-        if stream.finish:
-            attributes[Attribute.FINISH_REASONS] = [stream.finish.value]
-        if stream.first_token:
-            attributes[Attribute.TIME_TO_FIRST_CHUNK] = stream.first_token - stream.arrived
-        return self._span(trace, int(stream.ended * 1e9) + wall, wall, attributes, stream.error)
-
-    def _span(
-        self,
-        trace: RequestTrace,
-        end_ns: int,
-        wall: int,
-        attributes: dict[str, AttributeValue],
-        error: StagemeshError | None,
-    ) -> bytes:
-        attributes |= {
-            Attribute.OPERATION: trace.operation,
-            Attribute.PROVIDER: PROVIDER,
-            Attribute.MODEL: self._model_name,
-            Attribute.RPC_SYSTEM: "grpc",
-        }
-        if trace.prompt:
-            attributes[Attribute.INPUT_MESSAGES] = trace.prompt
-        if error:
-            attributes[Attribute.ERROR_TYPE] = error.code.name
-        return one_span(
-            f"{Span.GENERATE} {self._model_name}",
-            trace_id=trace.trace_id,
-            span_id=trace.span_id,
-            parent_id=trace.parent_id,
-            start_ns=trace.began_ns + wall,
-            end_ns=end_ns,
-            attributes=attributes,
-            kind=SERVER,
-            error=error.message if error else None,
+    def _of_streams(self, ended: list[tuple[RequestTrace, RequestStream]], wall: int) -> bytes:
+        numbers, shares = [], []
+        for trace, stream in ended:
+            request, sampling = stream.request, stream.request.sampling
+            numbers.append(
+                (
+                    *(trace.began_ns, int(stream.ended * 1e9)),
+                    *(request.max_tokens, sampling.top_k, len(request.prompt)),
+                    *(stream.num_tokens + len(stream.pending), stream.num_cached),
+                )
+            )
+            shares.append((sampling.temperature, sampling.top_p))
+        integers, floats = np.array(numbers, np.int64), np.array(shares)
+        contexts = ids(b"".join(trace.context for trace, _ in ended), 24)
+        return self._template.encode(
+            trace_ids=contexts[:, :16],
+            span_ids=contexts[:, 16:],
+            starts_ns=integers[:, 0] + wall,
+            ends_ns=integers[:, 1] + wall,
+            columns={
+                **dict(zip(_INTEGERS, integers.T[2:], strict=True)),
+                **dict(zip(_FLOATS, floats.T, strict=True)),
+            },
+            tails=[self._tail(trace, stream) for trace, stream in ended],
         )
+
+    def _tail(self, trace: RequestTrace, stream: RequestStream) -> bytes:
+        """The fields that have no fixed size, or that not every span has."""
+        tail = self._response_id.encode(stream.request.request_id) + self._operation.encode(trace.operation)
+        tail += _priority(stream.request.priority) + _parent(trace)
+        if stream.finish:
+            tail += _FINISHES[stream.finish]
+        if stream.first_token:
+            tail += attribute(Attribute.TIME_TO_FIRST_CHUNK, stream.first_token - stream.arrived)
+        if trace.prompt:
+            tail += attribute(Attribute.INPUT_MESSAGES, trace.prompt)
+        if error := stream.error:
+            tail += attribute(Attribute.ERROR_TYPE, error.code.name) + status(error.message)
+        return tail
+
+    def _of_refusal(self, trace: RequestTrace, error: StagemeshError, ended_ns: int, wall: int) -> bytes:
+        tail = self._response_id.encode(error.request_id) + self._operation.encode(trace.operation)
+        tail += attribute(Attribute.ERROR_TYPE, error.code.name) + status(error.message) + _parent(trace)
+        if trace.prompt:
+            tail += attribute(Attribute.INPUT_MESSAGES, trace.prompt)
+        contexts = ids(trace.context, 24)
+        return self._refusal.encode(
+            trace_ids=contexts[:, :16],
+            span_ids=contexts[:, 16:],
+            starts_ns=np.array([trace.began_ns + wall]),
+            ends_ns=np.array([ended_ns + wall]),
+            tails=[tail],
+        )
+
+
+@lru_cache(256)
+def _priority(priority: int) -> bytes:
+    return attribute(Attribute.PRIORITY, priority)
+
+
+def _parent(trace: RequestTrace) -> bytes:
+    return parent_field(trace.parent_id) if any(trace.parent_id) else b""
 
 
 def _messages(message: inference_pb2.GenerateRequest) -> str:

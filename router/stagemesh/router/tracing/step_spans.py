@@ -10,9 +10,10 @@ import numpy as np
 
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Step
+from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import Attribute, Span
-from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, SpanTemplate, ids, link_rows
+from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, Int64, SpanTemplate, ids, link_rows
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
@@ -43,6 +44,7 @@ class StepSpans:
         self._epoch = 0
         self._records = StepRecords()
         self._traced = np.zeros(0, np.bool_)
+        self._any_traced = False
         self._links: Bytes = np.zeros((0, LINK_ROW), np.uint8)
         self._open: dict[int, bytes] = {}
         self._done: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
@@ -67,21 +69,34 @@ class StepSpans:
         self.ids = StepIds(secrets.randbits(64), secrets.randbits(64))
         self._epoch, self._records = epoch, records
         self._traced = np.zeros(max_slots, np.bool_)
+        self._any_traced = False
         self._links = np.zeros((max_slots, LINK_ROW), np.uint8)
         self._open.clear()
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
-        for sequence in step.changes.admitted:
-            trace = sequence.request.trace
-            self._traced[sequence.slot] = bool(trace)
-            if trace:
-                self._links[sequence.slot] = link_rows(ids(trace, 24))[0]
+        changes = step.changes
+        if self._any_traced and changes.released:
+            self._traced[changes.released] = False
+            self._any_traced = bool(self._traced.any())
+        if changes.admitted:
+            self._take_admitted(changes.admitted)
+        if not self._any_traced:
+            return ""
         traced = self._traced[step.slots]
         if not traced.any():
             return ""
         self._open[step.number] = self._links[step.slots[traced][: self._max_links]].tobytes()
         return self.ids.traceparent(step.number)
+
+    def _take_admitted(self, admitted: list[Sequence]) -> None:
+        """They have slots from this step on."""
+        if self._any_traced:
+            self._traced[[sequence.slot for sequence in admitted]] = False
+        if sampled := [sequence for sequence in admitted if sequence.request.trace]:
+            slots = [sequence.slot for sequence in sampled]
+            self._links[slots] = link_rows(ids(b"".join(one.request.trace for one in sampled), 24))
+            self._traced[slots] = self._any_traced = True
 
     def step_done(self, number: int) -> None:
         """The step's result has come."""
@@ -100,7 +115,7 @@ class StepSpans:
         links = dict(done)
         numbers, columns = self._records.of(np.array(list(links), np.int64))
         sent, ended, *shape = columns.T
-        contexts = ids(b"".join(b"".join(self.ids.of(number)) for number in numbers.tolist()), 24)
+        contexts = self.ids.of(numbers)
         wall = time.time_ns() - time.monotonic_ns()
         values = (np.full(len(numbers), self._epoch), numbers, *shape)
         data = self._template.encode(
@@ -108,7 +123,7 @@ class StepSpans:
             span_ids=contexts[:, 16:],
             starts_ns=sent + wall,
             ends_ns=ended + wall,
-            links=[links[number] for number in numbers.tolist()],
+            tails=[links[number] for number in numbers.tolist()],
             columns=dict(zip(_COLUMNS, values, strict=True)),
         )
         return data, len(numbers)
@@ -134,10 +149,14 @@ class StepIds:
         trace, span = self._low(number)
         return f"00-{self._high:016x}{trace:016x}-{span:016x}-01"
 
-    def of(self, number: int) -> tuple[bytes, bytes]:
-        """(trace id, id of the root span) of step `number`."""
-        trace, span = self._low(number)
-        return (self._high << 64 | trace).to_bytes(16, "big"), span.to_bytes(8, "big")
+    def of(self, numbers: Int64) -> Bytes:
+        """[N, 24] trace ids and ids of the root spans of steps."""
+        spread = numbers.astype(np.uint64) * np.uint64(_WEYL)
+        parts = np.empty((len(numbers), 3), ">u8")
+        parts[:, 0] = self._high
+        parts[:, 1] = spread + np.uint64(self._trace_seed)
+        parts[:, 2] = np.maximum(spread + np.uint64(self._span_seed), np.uint64(1))
+        return parts.view(np.uint8)
 
     def _low(self, number: int) -> tuple[int, int]:
         spread = number * _WEYL

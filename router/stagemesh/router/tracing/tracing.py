@@ -31,8 +31,8 @@ class RouterTracing:
         attributes = service_attributes(SERVICE_NAME, version=version("stagemesh"), instance=listen)
         self._exporter = SpanExporter(settings, attributes)
         self.server = ServerSpans(self._exporter, model_name)
-        self.requests = RequestSpans(self._exporter, every_step=every_step)
         self.steps = StepSpans(self._exporter, "lane-0")
+        self.requests = RequestSpans(self._exporter, self.steps, every_step=every_step)
 
     @classmethod
     def start(cls, *, listen: str, model_name: str, every_step: bool) -> Self | None:
