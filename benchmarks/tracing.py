@@ -3,12 +3,15 @@
     python benchmarks/tracing.py --json
 
 Simulated stages (real leaders, workers, links and router; engines that sleep), one Session with many requests, and
-an OTLP receiver that takes what comes. One mesh serves turn after turn of the same load, and tracing is switched
-between them (tracing_switch.py): every second turn is off, those between are 1% of the requests, all, and off once
-more, the control. A turn ends when what it owes is paid: its requests' spans made and exported, beside what is
-exported every five seconds anyway. A pair is a turn against the mean of the turns off before and after it, so that
-what changes slowly drops out. An overhead is the median over its pairs, with a 95% interval of that median by
-bootstrap; its upper bound counts. The control says what this can tell apart: its interval should hold 0.
+an OTLP receiver that takes what comes. One mesh serves the same load turn after turn, and tracing is switched between
+them (tracing_switch.py), since two processes differ by more than tracing costs. In a run every second turn is off;
+those between sample 1% of the requests, or all. They last five seconds together, the time between two exports
+by default: the export comes at the end of the run, and each of them bears its part.
+
+A pair is a turn that samples and the mean of the turns off before and after it, so that what changes slowly drops
+out. An overhead is the median over the pairs, on over off, with a 95% interval of that median by bootstrap; its upper
+bound counts. The control is the same with turns off in both places, further apart, and says what can be told apart:
+its interval should hold 0.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -34,24 +38,22 @@ from sim_mesh import SimMesh, sim_mesh
 from stagemesh.client import Client
 
 STAGES = 3
-COST = "4ms"
+COST = "3ms + 0.015ms*tokens"
+"""A cost that depends on what is in a step: of one that does not, the router learns noise, and deals prompts by it."""
 STREAMS = 192
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
-ROUNDS = 36
-"""Each has a turn of every mode, in an order of its own."""
-WARM_UP_ROUNDS = 1
+RUNS = {"1%": 14, "all": 5}
+"""Least is at stake at 1%, so it has most."""
+ON_TURNS = 8
+"""Of a run. A run has an odd number of turns, lest turns that sample are always the even ones."""
+WARM_UP_TURNS = 6
 """Not counted."""
-LOADS = 2
-"""Of a turn."""
+EXPORT_DELAY_MS = 3_600_000
+"""Nothing is exported but at the end of a run."""
 BOOTSTRAPS = 10_000
-RATIOS = {"1%": 0.01, "all": 1.0, "control": 0.0}
+RATIOS = {"1%": 0.01, "all": 1.0}
 TARGETS = {"1%": 1.0, "all": 10.0}
-NAMES = {
-    "1%": "CPU of a token, 1% of the requests traced, over tracing off",
-    "all": "CPU of a token, all of the requests traced, over tracing off",
-    "control": "CPU of a token, tracing off, over tracing off",
-}
 Floats = npt.NDArray[np.float64]
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 
@@ -60,74 +62,122 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of each mode")
-    parser.add_argument("--loads", type=int, default=LOADS, help="loads of a turn")
+    parser.add_argument("--share", type=float, default=1.0, help="of the runs, for a quick look")
     parser.add_argument("--turns", type=Path, help="write the cost of every turn to this file")
     options = parser.parse_args()
     report = Report("tracing", options.json)
     with receiver() as (endpoint, received):
-        turns = measure(endpoint, options.rounds, options.loads)
+        runs = measure(endpoint, options.share)
     if options.turns:
-        options.turns.write_text("".join(f"{mode} {cost * 1e6:.3f}\n" for mode, cost in turns))
-    for mode in RATIOS:
-        add_row(report, mode, turns)
+        lines = (f"{run.mode} {' '.join(f'{cost * 1e6:.3f}' for cost in run.costs)}\n" for run in runs)
+        options.turns.write_text("".join(lines))
+    for mode, target in TARGETS.items():
+        pairs = np.concatenate([run.pairs(first=1, apart=1) for run in runs if run.mode == mode])
+        add_row(report, f"CPU of a token, {mode} of the requests traced, over tracing off", target, pairs)
+    controls = np.concatenate([run.pairs(first=2, apart=2) for run in runs])
+    add_row(report, "control: tracing off, over tracing off", None, controls)
     size = received["bytes"] / 1e6
     report.add("spans that the receiver got", size, "MB", reference=f"{received['calls']} exports")
     report.finish()
 
 
-def add_row(report: Report, mode: str, turns: list[tuple[str, float]]) -> None:
-    """One overhead, from (mode, seconds of a token) of every turn."""
-    pairs = np.array(
-        [
-            (cost, (turns[place - 1][1] + turns[place + 1][1]) / 2)
-            for place, (what, cost) in enumerate(turns)
-            if what == mode
-        ]
-    )
+def add_row(report: Report, name: str, target: float | None, pairs: Floats) -> None:
+    """One overhead; pairs are [n, 2] seconds of a token, on and off."""
     ratios = pairs[:, 0] / pairs[:, 1] - 1
     low, high = interval(ratios)
     on, off = np.median(pairs, axis=0) * 1e6
     report.add(
-        NAMES[mode],
+        name,
         high * 100,
         "%",
-        target=TARGETS.get(mode),
+        target=target,
         at_most=True,
         reference=f"upper bound of the 95% interval {low:+.2%} to {high:+.2%} of the median "
         f"{np.median(ratios):+.2%} of {len(ratios)} pairs; {on:.2f} µs against {off:.2f} µs",
     )
 
 
-def measure(endpoint: str, rounds: int, loads: int) -> list[tuple[str, float]]:
-    """(mode, seconds of CPU for a token) of every turn that counts, in order; the first and the last are off."""
-    draw = random.Random(1)
-    modes = ["off"]
-    for _ in range(WARM_UP_ROUNDS + rounds):
-        for mode in draw.sample(list(RATIOS), len(RATIOS)):
-            modes += (mode, "off")
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Turns of one mesh, of which every second one samples."""
+
+    mode: str
+    costs: Floats
+    """[2 * ON_TURNS + 1] seconds of CPU for a token, the first and the last with tracing off."""
+
+    def pairs(self, *, first: int, apart: int) -> Floats:
+        """[n, 2] seconds of a token: of every second turn from `first` on, and the mean of those that are `apart`
+        before and after it."""
+        places = np.arange(first, len(self.costs) - apart, 2)
+        around = (self.costs[places - apart] + self.costs[places + apart]) / 2
+        return np.stack((self.costs[places], around), axis=1)
+
+
+def measure(endpoint: str, share: float) -> list[Run]:
+    """Every run, in an order drawn by lot."""
+    modes = [mode for mode, count in RUNS.items() for _ in range(max(1, round(count * share)))]
+    random.Random(1).shuffle(modes)
+    with running_mesh(endpoint) as mesh:
+        for seed in range(WARM_UP_TURNS):
+            mesh.turn(0.0, seed)
+        return [measure_run(mesh, mode, (number + 1) * 100) for number, mode in enumerate(modes)]
+
+
+def measure_run(mesh: Mesh, mode: str, seed: int) -> Run:
+    """One run."""
+    turns = [mesh.turn(RATIOS[mode] if place % 2 else 0.0, seed + place) for place in range(2 * ON_TURNS + 1)]
+    spent, tokens = np.array(turns).T
+    before = mesh.cpu_seconds()
+    mesh.say("export")
+    spent[1::2] += (mesh.cpu_seconds() - before) / ON_TURNS
+    return Run(mode, spent / tokens)
+
+
+class Mesh:
+    """A mesh whose tracing is switched.
+
+    Args:
+        client: Of its router.
+        pids: Router, leaders and workers.
+        switches: Of router and leaders.
+    """
+
+    def __init__(self, client: Client, pids: list[int], switches: list[Switch]) -> None:
+        self._client = client
+        self._pids = pids
+        self._switches = switches
+
+    def turn(self, ratio: float, seed: int) -> tuple[float, int]:
+        """(seconds of CPU, output tokens) of one load; a ratio of 0 is tracing off."""
+        self.say(f"ratio {ratio}")
+        before = self.cpu_seconds()
+        tokens = load(self._client, seed)
+        self.say("settle")
+        return self.cpu_seconds() - before, tokens
+
+    def say(self, command: str) -> None:
+        """To every process that traces."""
+        for switch in self._switches:
+            switch.say(command)
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all threads of all processes so far."""
+        return sum(map(cpu_seconds, self._pids))
+
+
+@contextmanager
+def running_mesh(endpoint: str) -> Iterator[Mesh]:
+    """It exports to that receiver when it is told to."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         with environment(endpoint):
             command = (str(Path(__file__).with_name("tracing_switch.py")), folder)
-            slots = ("--max-sequences", str(STREAMS // STAGES))
-            mesh = stack.enter_context(sim_mesh([COST] * STAGES, router=slots, command=command))
+            flags = ("--max-sequences", str(STREAMS // STAGES), "--max-in-flight", str(STAGES))
+            mesh = stack.enter_context(sim_mesh([COST] * STAGES, router=flags, command=command))
         client = stack.enter_context(Client(mesh.listen))
-        switches = [
-            stack.enter_context(Switch(Path(folder) / str(pid)))
-            for pid in (mesh.router_pid, *mesh.stage_pids)
-        ]
-        pids = processes(mesh)
-        turns = []
-        for number, mode in enumerate(modes):
-            for switch in switches:
-                switch.say(f"ratio {RATIOS.get(mode, 0.0)}")
-            before = sum(map(cpu_seconds, pids))
-            tokens = sum(load(client, seed=loads * number + part) for part in range(loads))
-            for switch in switches:
-                switch.say("settle")
-            turns.append((mode, (sum(map(cpu_seconds, pids)) - before) / tokens))
-    return turns[2 * len(RATIOS) * WARM_UP_ROUNDS :]
+        tracing = (mesh.router_pid, *mesh.stage_pids)
+        switches = [stack.enter_context(Switch(Path(folder) / str(pid))) for pid in tracing]
+        yield Mesh(client, processes(mesh), switches)
 
 
 class Switch:
@@ -169,7 +219,11 @@ def load(client: Client, seed: int) -> int:
 @contextmanager
 def environment(endpoint: str) -> Iterator[None]:
     """The OTEL_* variables of tracing, for the processes that start within."""
-    names = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_TRACES_SAMPLER": "parentbased_traceidratio"}
+    names = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_BSP_SCHEDULE_DELAY": str(EXPORT_DELAY_MS),
+    }
     os.environ.update(names)
     try:
         yield

@@ -7,9 +7,10 @@ command, answered by a line:
 
     ratio R     requests are sampled by R from now on; a ratio of 0 takes tracing out: router, streams and
                 stage have None where its objects were, as they have where no receiver is named
-    settle      everything that ended is worked out and exported: what the turn owes is paid
+    settle      every request that ended is worked out, as it would be after a second
+    export      spans are exported, as they would be after five seconds
 
-Both are for moments without a request. Nothing else differs from the command, so that two turns of one process
+All are for moments without a request. Nothing else differs from the command, so that two turns of one process
 differ by tracing alone, and not by two processes' luck with memory.
 """
 
@@ -78,8 +79,8 @@ class RouterSwitch:
 
     def settle(self) -> bool:
         """In the event loop; False while a stage has not reported."""
-        history = self.requests.history
-        if not all(history._is_reported(live) for _, live in history._unsettled):
+        history, lane = self.requests.history, self.requests.lane
+        if not all(stage.timings.has(lane.num_steps) for stage in lane.stages):
             return False
         while history._unsettled:
             history._settle(history._unsettled.popleft()[1])
@@ -116,7 +117,7 @@ class StageSwitch:
         self.leader._spans = self.spans if ratio else None
 
     def settle(self) -> bool:
-        """A stage owes nothing but its export."""
+        """A stage has nothing to work out."""
         return True
 
 
@@ -131,10 +132,11 @@ def serve(switch: RouterSwitch | StageSwitch, path: Path) -> None:
             command, _, argument = line.strip().partition(" ")
             if command == "ratio":
                 in_loop(switch, lambda ratio=float(argument): switch.set_ratio(ratio))  # type: ignore[misc]
-            else:
+            elif command == "settle":
                 deadline = time.monotonic() + REPORTED_S
                 while not in_loop(switch, switch.settle) and time.monotonic() < deadline:
                     time.sleep(POLL_S)
+            else:
                 switch.exporter.flush()
             lines.write("done\n")
             lines.flush()

@@ -26,12 +26,13 @@ class SpanBuffer(Generic[T]):
         self._entries: deque[T] = deque()
         self.num_dropped = 0
 
-    def add(self, entry: T) -> None:
-        """Keep an entry for the next export."""
+    def add(self, entry: T) -> bool:
+        """Keep an entry for the next export; False if it was dropped."""
         if len(self._entries) < self._limit:
             self._entries.append(entry)
-        else:
-            self.num_dropped += 1
+            return True
+        self.num_dropped += 1
+        return False
 
     def take(self) -> list[T]:
         """Everything kept so far."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stagemesh.wire.telemetry.context import TraceContext, new_trace_id
+import random
+
+from stagemesh.wire.telemetry.context import TraceContext
 from stagemesh.wire.telemetry.settings import TraceSettings
 
 _RATIO_BITS = 64
@@ -23,8 +25,11 @@ class HeadSampler:
 
     def decide(self, parent: TraceContext | None) -> bytes | None:
         """The trace id a request is to be traced under; None: it is not."""
-        if parent and self._parent_based:
+        if parent is None:
+            # The low half of an id that is made only if it is needed.
+            low = random.getrandbits(64)
+            return (random.getrandbits(64) << 64 | low).to_bytes(16, "big") if low < self._bound else None
+        if self._parent_based:
             return parent.trace_id if parent.sampled else None
-        trace_id = parent.trace_id if parent else new_trace_id()
         # The standard's rule, so that every process of a trace decides alike: the id's low 64 bits.
-        return trace_id if int.from_bytes(trace_id[8:], "big") < self._bound else None
+        return parent.trace_id if int.from_bytes(parent.trace_id[8:], "big") < self._bound else None

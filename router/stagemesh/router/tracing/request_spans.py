@@ -98,18 +98,17 @@ class RequestSpans:
         wall = time.time_ns() - time.monotonic_ns()
         contexts = ids(b"".join(one.context for one in ended), 24)
         chunks = [self._queues(ended, contexts, wall)]
-        prefill, decode = _Steps([one.prefill for one in ended]), _Steps([one.decode for one in ended])
-        for stage in self.stages:
-            if len(there := _OnStage(stage, prefill)):
-                parents = contexts[there.owners, 16:]
-                chunks.append(self._steps(self._prefill, there, contexts, parents, wall))
-            if not len(there := _OnStage(stage, decode)):
-                continue
-            span_ids = _new_ids(len(ended))
-            chunks.append(self._decodes(there, contexts, span_ids, wall))
+        prefill = _OnStages(self.stages, [one.prefill for one in ended])
+        if len(prefill):
+            chunks.append(self._steps(self._prefill, prefill, contexts, contexts[prefill.owners, 16:], wall))
+        decode = _OnStages(self.stages, [one.decode for one in ended])
+        if len(decode):
+            firsts = decode.firsts()
+            span_ids = _new_ids(len(firsts))
+            chunks.append(self._decodes(decode, firsts, contexts, span_ids, wall))
             if self._every_step:
-                parents = span_ids[there.owners]
-                chunks.append(self._steps(self._decode_step, there, contexts, parents, wall))
+                parents = np.repeat(span_ids, np.diff(firsts, append=len(decode)), axis=0)
+                chunks.append(self._steps(self._decode_step, decode, contexts, parents, wall))
         return chunks
 
     def _queues(self, ended: list[_Ended], contexts: Bytes, wall: int) -> Chunk:
@@ -123,77 +122,76 @@ class RequestSpans:
         )
         return data, len(ended)
 
-    def _decodes(self, on_stage: _OnStage, contexts: Bytes, span_ids: Bytes, wall: int) -> Chunk:
-        """A span a request, from its first decode step's first input to its last one's output."""
-        firsts = np.flatnonzero(np.diff(on_stage.owners, prepend=-1))
-        lasts = np.append(firsts[1:], len(on_stage)) - 1
-        owners = on_stage.owners[firsts]
+    def _decodes(self, steps: _OnStages, firsts: Int64, contexts: Bytes, span_ids: Bytes, wall: int) -> Chunk:
+        """A span for a request on a stage, from its first decode step's first input to its last one's output."""
+        lasts = np.append(firsts[1:], len(steps)) - 1
+        owners = steps.owners[firsts]
         data = self._decode.encode(
             trace_ids=contexts[owners, :16],
-            span_ids=span_ids[owners],
+            span_ids=span_ids,
             parent_ids=contexts[owners, 16:],
-            starts_ns=on_stage.begins[firsts] + wall,
-            ends_ns=on_stage.ends[lasts] + wall,
+            starts_ns=steps.begins[firsts] + wall,
+            ends_ns=steps.ends[lasts] + wall,
             columns={
-                Attribute.STAGE: np.full(len(owners), on_stage.index),
+                Attribute.STAGE: steps.stages[firsts],
                 Attribute.STEPS: lasts - firsts + 1,
-                **_milliseconds(np.add.reduceat(on_stage.times, firsts, axis=0)),
+                **_milliseconds(np.add.reduceat(steps.times, firsts, axis=0)),
             },
         )
         return data, len(owners)
 
     def _steps(
-        self, template: SpanTemplate, on_stage: _OnStage, contexts: Bytes, parents: Bytes, wall: int
+        self, template: SpanTemplate, steps: _OnStages, contexts: Bytes, parents: Bytes, wall: int
     ) -> Chunk:
-        """A span a step, from its first input to its output, linked to the trace of the microbatch."""
+        """A span for a step on a stage, from its first input to its output, linked to the microbatch's trace."""
         data = template.encode(
-            trace_ids=contexts[on_stage.owners, :16],
-            span_ids=_new_ids(len(on_stage)),
+            trace_ids=contexts[steps.owners, :16],
+            span_ids=_new_ids(len(steps)),
             parent_ids=parents,
-            starts_ns=on_stage.begins + wall,
-            ends_ns=on_stage.ends + wall,
-            links=self._step_spans.ids.of(on_stage.numbers),
+            starts_ns=steps.begins + wall,
+            ends_ns=steps.ends + wall,
+            links=self._step_spans.ids.of(steps.numbers),
             columns={
-                Attribute.STAGE: np.full(len(on_stage), on_stage.index),
-                Attribute.STEP: on_stage.numbers,
-                **_milliseconds(on_stage.times),
+                Attribute.STAGE: steps.stages,
+                Attribute.STEP: steps.numbers,
+                **_milliseconds(steps.times),
             },
         )
-        return data, len(on_stage)
+        return data, len(steps)
 
 
-class _Steps:
-    """Steps of many requests, end to end.
+class _OnStages:
+    """Steps of many requests as far as the stages have reported them: by stage, then request, then number.
 
     Args:
+        stages: That ran them.
         numbers: Of each request.
     """
 
-    def __init__(self, numbers: list[Int64]) -> None:
-        self.numbers: Int64 = np.concatenate(numbers)
-        self.owners: Int64 = np.repeat(np.arange(len(numbers)), [len(some) for some in numbers])
-        """[n] index of the request."""
-
-
-class _OnStage:
-    """Those steps that a stage has reported, by the router's monotonic clock.
-
-    Args:
-        stage: That ran them.
-        steps: Of many requests.
-    """
-
-    def __init__(self, stage: StageLink, steps: _Steps) -> None:
-        self.index = stage.index
-        known, arrivals, self.times = stage.timings.spans_of(steps.numbers)
+    def __init__(self, stages: Seq[StageLink], numbers: list[Int64]) -> None:
+        asked: Int64 = np.concatenate(numbers)
+        owners = np.repeat(np.arange(len(numbers)), [len(some) for some in numbers])
+        found = [stage.timings.spans_of(asked) for stage in stages]
+        places = np.concatenate([known for known, _, _ in found])
+        counts = [len(known) for known, _, _ in found]
+        arrivals = np.concatenate([came for _, came, _ in found])
+        self.numbers, self.owners = asked[places], owners[places]
+        """[n]; of a request, its index."""
+        self.stages = np.repeat([stage.index for stage in stages], counts)
+        self.times: Int64 = np.concatenate([times for _, _, times in found])
         """[n, 5] nanoseconds of COLUMNS."""
-        self.numbers, self.owners = steps.numbers[known], steps.owners[known]
-        until = self.times.cumsum(axis=1) + (arrivals - stage.clock.offset_ns)[:, None]
+        offsets = np.repeat([stage.clock.offset_ns for stage in stages], counts)
+        until = self.times.cumsum(axis=1) + (arrivals - offsets)[:, None]
         self.begins: Int64 = until[:, _FIRST_BUSY - 1]
+        """[n] nanoseconds of the router's monotonic clock: the first input came."""
         self.ends: Int64 = until[:, -1]
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def firsts(self) -> Int64:
+        """Where the steps of each request on each stage begin."""
+        return np.flatnonzero(np.diff(self.owners, prepend=-1) | np.diff(self.stages, prepend=-1))
 
 
 def _milliseconds(times_ns: Int64) -> dict[str, np.ndarray]:

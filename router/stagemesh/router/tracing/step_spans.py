@@ -46,7 +46,8 @@ class StepSpans:
         self._traced = np.zeros(0, np.bool_)
         self._any_traced = False
         self._links: Bytes = np.zeros((0, LINK_ROW), np.uint8)
-        self._open: dict[int, bytes] = {}
+        self.open_steps: dict[int, bytes] = {}
+        """Links of the traced steps that have no answer yet."""
         self._done: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
         self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
         exporter.register(self._spans)
@@ -71,7 +72,7 @@ class StepSpans:
         self._traced = np.zeros(max_slots, np.bool_)
         self._any_traced = False
         self._links = np.zeros((max_slots, LINK_ROW), np.uint8)
-        self._open.clear()
+        self.open_steps.clear()
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
@@ -86,7 +87,7 @@ class StepSpans:
         traced = self._traced[step.slots]
         if not traced.any():
             return ""
-        self._open[step.number] = self._links[step.slots[traced][: self._max_links]].tobytes()
+        self.open_steps[step.number] = self._links[step.slots[traced][: self._max_links]].tobytes()
         return self.ids.traceparent(step.number)
 
     def _take_admitted(self, admitted: list[Sequence]) -> None:
@@ -99,8 +100,8 @@ class StepSpans:
             self._traced[slots] = self._any_traced = True
 
     def step_done(self, number: int) -> None:
-        """The step's result has come."""
-        if self._open and (links := self._open.pop(number, None)):
+        """The step's result has come; called while there are open steps."""
+        if links := self.open_steps.pop(number, None):
             self._done.add((number, links))
 
     def _spans(self) -> list[Chunk]:

@@ -17,7 +17,7 @@ from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
 from stagemesh.stage.leader.stats import StageStats
-from stagemesh.stage.leader.step_spans import StepSpans
+from stagemesh.stage.leader.step_spans import TRACED, StepSpans
 from stagemesh.stage.leader.unix_link import UnixListener, UnixReading, connect
 from stagemesh.stage.leader.worker_group import WorkerGroup
 from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker, unpack_timings
@@ -250,7 +250,7 @@ class StageLeader:
         """Pass a message of steps to the workers as it came in."""
         if request.steps:
             lane.last_received = request.steps[-1].number
-            if self._spans:
+            if self._spans and TRACED in data:
                 self._spans.take_steps(request.steps)
             if self.stats:
                 self.stats.take_steps(request.steps)
@@ -364,7 +364,7 @@ class StageLeader:
             lane.add_result(parts[0].bytes)
         elif kind is ToLeader.DONE:
             timings = lane.add_timings(parts[0].bytes)
-            if self._spans:
+            if self._spans and self._spans.open_steps:
                 self._spans.take_timings(timings)
             if self.stats:
                 self.stats.take_timings(timings)

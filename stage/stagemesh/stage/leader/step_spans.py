@@ -6,6 +6,7 @@ They are made from the timings that the workers report anyway, in the exporter's
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 RANKS_LAG = 1024
+TRACED = b"J700-"
+"""What the bytes of a step have that is traced: tag, length and beginning of its traceparent. Others may have
+it by chance. To look for it is what a step costs that is not traced."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 SPANS_OF_A_STEP = 1 + len(PARTS)
 SENT_BYTES = 8
@@ -49,10 +53,12 @@ class StepSpans:
         )
         self._settings = exporter.settings
         self._stage_index = 0
-        self._open: dict[int, str] = {}
-        self._done: SpanBuffer[tuple[list[str], Timings]] = SpanBuffer(
-            self._settings.max_queued // SPANS_OF_A_STEP
-        )
+        self.open_steps: dict[int, str] = {}
+        """Traced steps whose spans are not made yet."""
+        self._done: SpanBuffer[Timings] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        """All that was reported while there was one, traced or not: which is found out in the exporter's thread."""
+        self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
+        self._making = threading.Lock()
         columns = {
             Attribute.STAGE: "int",
             Attribute.EPOCH: "int",
@@ -70,37 +76,38 @@ class StepSpans:
 
     def open_lane(self, stage_index: int) -> None:
         """Steps of an older epoch do not end any more."""
+        for chunk in self._of_stage():
+            self._made.add(chunk)
         self._stage_index = stage_index
-        self._open.clear()
+        self.open_steps.clear()
         self._traced.clear()
 
     def take_steps(self, steps: Iterable[stage_pb2.Step]) -> None:
-        """Steps that came; most are not traced."""
+        """Steps that came, one of which is traced."""
         for step in steps:
             if step.traceparent:
-                self._open[step.number] = step.traceparent
+                self.open_steps[step.number] = step.traceparent
                 if self._ranks:
                     self._traced[step.number] = step.traceparent
-                    self._traced.pop(step.number - RANKS_LAG, None)
+                    while (oldest := next(iter(self._traced))) <= step.number - RANKS_LAG:
+                        del self._traced[oldest]
 
     def take_timings(self, timings: Timings) -> None:
-        """Steps that are done."""
-        if not self._open:
-            return
-        traceparents = [self._open.pop(number, "") for number in timings["number"].tolist()]
-        if any(traceparents):
-            self._done.add((traceparents, timings))
-            if self._ranks:
-                self._of_ranks.add((traceparents, 0, timings))
+        """Steps that are done; called while there are open steps."""
+        if not self._done.add(timings):
+            for number in timings["number"].tolist():
+                self.open_steps.pop(number, None)
+        if self._ranks:
+            self.take_rank(0, timings)
 
     def take_rank(self, rank: int, timings: Timings) -> None:
-        """The same of a rank other than 0."""
+        """The same of one rank."""
         traceparents = [self._traced.get(number, "") for number in timings["number"].tolist()]
         if any(traceparents):
             self._of_ranks.add((traceparents, rank, timings))
 
     def _spans(self) -> list[Chunk]:
-        return self._of_stage() + self._rank_spans()
+        return [*self._made.take(), *self._of_stage(), *self._rank_spans()]
 
     def _rank_spans(self) -> list[Chunk]:
         """Children of the stage's spans."""
@@ -129,15 +136,13 @@ class StepSpans:
         return ids((mixed ^ (mixed >> np.uint64(29)) | np.uint64(1)).astype("<u8").tobytes(), 8)
 
     def _of_stage(self) -> list[Chunk]:
-        done = self._done.take()
-        if not done:
-            return []
-        traceparents = [traceparent for some, _ in done for traceparent in some]
-        table = timing_table(timings for _, timings in done)
-        traced = np.flatnonzero(np.array(traceparents) != "")
-        size = max(1, self._settings.max_batch // SPANS_OF_A_STEP)
-        batches = (traced[begin : begin + size] for begin in range(0, len(traced), size))
-        return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
+        with self._making:
+            table = timing_table(self._done.take())
+            traceparents = [self.open_steps.pop(number, "") for number in table[:, 1].tolist()]
+            traced = [place for place, traceparent in enumerate(traceparents) if traceparent]
+            size = max(1, self._settings.max_batch // SPANS_OF_A_STEP)
+            batches = (traced[begin : begin + size] for begin in range(0, len(traced), size))
+            return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
 
     def _encode(self, traceparents: list[str], table: Int64) -> Chunk:
         traces, roots = parents_of(traceparents)
