@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 Chunk = tuple[bytes, int]
-"""Spans as fields of a ScopeSpans, and how many: what one export carries."""
+"""Spans as fields of a ScopeSpans, and how many; no more bytes than one export may carry."""
 MAX_REQUEST_BYTES = 2 << 20
 """Of spans in one export; gRPC receivers take 4 MiB unless told otherwise."""
 
@@ -37,22 +37,6 @@ class SpanBuffer(Generic[T]):
     def take(self) -> list[T]:
         """Everything kept so far."""
         return [self._entries.popleft() for _ in range(len(self._entries))]
-
-
-def split(spans: list[bytes], max_batch: int) -> list[Chunk]:
-    """Single spans into chunks that one export may carry."""
-    chunks: list[Chunk] = []
-    part: list[bytes] = []
-    size = 0
-    for span in spans:
-        if part and (len(part) >= max_batch or size + len(span) > MAX_REQUEST_BYTES):
-            chunks.append((b"".join(part), len(part)))
-            part, size = [], 0
-        part.append(span)
-        size += len(span)
-    if part:
-        chunks.append((b"".join(part), len(part)))
-    return chunks
 
 
 def merge(chunks: list[Chunk], max_batch: int) -> list[Chunk]:

@@ -38,8 +38,8 @@ class TraceSettings:
     export_timeout_s: float = 10.0
     max_queued: int = 1 << 16
     """Spans kept while the receiver does not take them; what comes beyond is dropped and counted."""
-    max_batch: int = 2048
-    """Spans of one export at most."""
+    max_batch: int = 1 << 14
+    """Spans of one export at most; MAX_REQUEST_BYTES bounds it too."""
     max_links: int = 128
     """Links of a span at most."""
     capture_content: bool = False

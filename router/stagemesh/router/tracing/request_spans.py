@@ -20,7 +20,7 @@ from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.timings import BUSY, COLUMNS
 from stagemesh.router.tracing.step_spans import StepSpans
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, merge
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import PART_MS, Attribute, Span
 from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
 
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 _PHASE_COLUMNS = {Attribute.STAGE: "int", Attribute.STEPS: "int", **dict.fromkeys(PART_MS, "float")}
 _STEP_COLUMNS = {Attribute.STAGE: "int", Attribute.STEP: "int", **dict.fromkeys(PART_MS, "float")}
 _FIRST_BUSY = BUSY.start
-AT_ONCE, FULL_AT_ONCE = 256, 2
-"""Requests that are encoded together; the second, with a span for each of their steps."""
+REQUESTS_AT_ONCE, FULL_AT_ONCE = 256, 8
+"""Requests that are worked out together; the second, with a span for each of their steps."""
+SPANS_AT_ONCE = 4096
+"""Of one chunk: a megabyte and a half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,7 @@ class RequestSpans:
 
     def __init__(self, exporter: SpanExporter, steps: StepSpans, *, every_step: bool) -> None:
         self._step_spans = steps
-        self._max_batch = exporter.settings.max_batch
-        self._at_once = FULL_AT_ONCE if every_step else AT_ONCE
+        self._at_once = FULL_AT_ONCE if every_step else REQUESTS_AT_ONCE
         self._every_step = every_step
         self._ended: SpanBuffer[_Ended] = SpanBuffer(exporter.settings.max_queued)
         self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
@@ -92,7 +93,7 @@ class RequestSpans:
         with self._making:
             ended = self._ended.take()
             batches = (ended[begin : begin + self._at_once] for begin in range(0, len(ended), self._at_once))
-            return merge([chunk for batch in batches for chunk in self._encode(batch)], self._max_batch)
+            return [chunk for batch in batches for chunk in self._encode(batch)]
 
     def _encode(self, ended: list[_Ended]) -> list[Chunk]:
         wall = time.time_ns() - time.monotonic_ns()
@@ -100,7 +101,7 @@ class RequestSpans:
         chunks = [self._queues(ended, contexts, wall)]
         prefill = _OnStages(self.stages, [one.prefill for one in ended])
         if len(prefill):
-            chunks.append(self._steps(self._prefill, prefill, contexts, contexts[prefill.owners, 16:], wall))
+            chunks += self._steps(self._prefill, prefill, contexts, contexts[prefill.owners, 16:], wall)
         decode = _OnStages(self.stages, [one.decode for one in ended])
         if len(decode):
             firsts = decode.firsts()
@@ -108,7 +109,7 @@ class RequestSpans:
             chunks.append(self._decodes(decode, firsts, contexts, span_ids, wall))
             if self._every_step:
                 parents = np.repeat(span_ids, np.diff(firsts, append=len(decode)), axis=0)
-                chunks.append(self._steps(self._decode_step, decode, contexts, parents, wall))
+                chunks += self._steps(self._decode_step, decode, contexts, parents, wall)
         return chunks
 
     def _queues(self, ended: list[_Ended], contexts: Bytes, wall: int) -> Chunk:
@@ -142,22 +143,27 @@ class RequestSpans:
 
     def _steps(
         self, template: SpanTemplate, steps: _OnStages, contexts: Bytes, parents: Bytes, wall: int
-    ) -> Chunk:
+    ) -> list[Chunk]:
         """A span for a step on a stage, from its first input to its output, linked to the microbatch's trace."""
-        data = template.encode(
-            trace_ids=contexts[steps.owners, :16],
-            span_ids=_new_ids(len(steps)),
-            parent_ids=parents,
-            starts_ns=steps.begins + wall,
-            ends_ns=steps.ends + wall,
-            links=self._step_spans.ids.of(steps.numbers),
-            columns={
-                Attribute.STAGE: steps.stages,
-                Attribute.STEP: steps.numbers,
-                **_milliseconds(steps.times),
-            },
-        )
-        return data, len(steps)
+        chunks = []
+        for begin in range(0, len(steps), SPANS_AT_ONCE):
+            some = slice(begin, begin + SPANS_AT_ONCE)
+            numbers = steps.numbers[some]
+            data = template.encode(
+                trace_ids=contexts[steps.owners[some], :16],
+                span_ids=_new_ids(len(numbers)),
+                parent_ids=parents[some],
+                starts_ns=steps.begins[some] + wall,
+                ends_ns=steps.ends[some] + wall,
+                links=self._step_spans.ids.of(numbers),
+                columns={
+                    Attribute.STAGE: steps.stages[some],
+                    Attribute.STEP: numbers,
+                    **_milliseconds(steps.times[some]),
+                },
+            )
+            chunks.append((data, len(numbers)))
+        return chunks
 
 
 class _OnStages:

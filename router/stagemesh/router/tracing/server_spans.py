@@ -14,7 +14,7 @@ from stagemesh.router.scheduler import Finish
 from stagemesh.router.tracing.request_trace import RequestTrace
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import StagemeshError
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, split
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.context import TraceContext, new_span_id
 from stagemesh.wire.telemetry.names import PROVIDER, Attribute, Span
 from stagemesh.wire.telemetry.sampling import HeadSampler
@@ -31,6 +31,8 @@ from stagemesh.wire.telemetry.span_columns import (
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
+REQUESTS_AT_ONCE = 512
+"""Whose spans are made together."""
 _INTEGERS = (
     Attribute.MAX_TOKENS,
     Attribute.TOP_K,
@@ -100,13 +102,11 @@ class ServerSpans:
 
     def _spans(self) -> list[Chunk]:
         wall = time.time_ns() - time.monotonic_ns()
-        ended, size = self._ended.take(), self._settings.max_batch
-        chunks = [
-            (self._of_streams(ended[begin : begin + size], wall), len(ended[begin : begin + size]))
-            for begin in range(0, len(ended), size)
-        ]
-        refused = [self._of_refusal(*one, wall) for one in self._refused.take()]
-        return [*chunks, *split(refused, size)]
+        # Prompts may be as long as they like; a chunk may not.
+        ended, size = self._ended.take(), 1 if self._settings.capture_content else REQUESTS_AT_ONCE
+        batches = (ended[begin : begin + size] for begin in range(0, len(ended), size))
+        chunks = [(self._of_streams(batch, wall), len(batch)) for batch in batches]
+        return chunks + [(self._of_refusal(*one, wall), 1) for one in self._refused.take()]
 
     def _of_streams(self, ended: list[tuple[RequestTrace, RequestStream]], wall: int) -> bytes:
         numbers, shares = [], []

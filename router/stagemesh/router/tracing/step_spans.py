@@ -11,7 +11,7 @@ import numpy as np
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Step
 from stagemesh.router.scheduler.sequence import Sequence
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
+from stagemesh.wire.telemetry.buffer import MAX_REQUEST_BYTES, Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import Attribute, Span
 from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, Int64, SpanTemplate, ids, link_rows
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 _COLUMNS = (Attribute.EPOCH, Attribute.STEP, Attribute.ROWS, Attribute.TOKENS, Attribute.PREFILL_TOKENS)
+ROOT_BYTES = 512
+"""Of a root without its links, at most."""
 _MASK = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 
@@ -33,7 +35,6 @@ class StepSpans:
 
     def __init__(self, exporter: SpanExporter, lane_id: str) -> None:
         self._max_links = exporter.settings.max_links
-        self._max_batch = exporter.settings.max_batch
         self._template = SpanTemplate(
             Span.STEP,
             attributes={Attribute.LANE: lane_id},
@@ -109,7 +110,7 @@ class StepSpans:
 
     def _make(self) -> list[Chunk]:
         done = self._done.take()
-        size = max(1, self._max_batch // 8)  # a root has up to max_links links, and is as large as that
+        size = max(1, MAX_REQUEST_BYTES // (ROOT_BYTES + LINK_ROW * self._max_links))
         return [self._encode(done[begin : begin + size]) for begin in range(0, len(done), size)]
 
     def _encode(self, done: list[tuple[int, bytes]]) -> Chunk:

@@ -219,7 +219,7 @@ class StageLeader:
                 await self.close_lane(self._lane)
             self._lane = LeaderLane(request, self.stats)
             if self._spans:
-                self._spans.open_lane(request.stage_index)
+                self._spans.open_lane(request.stage_index, request.epoch)
             if self.stats:
                 self.stats.open_lane()
             self._require_group().broadcast(ToWorker.OPEN, request.SerializeToString())

@@ -15,14 +15,18 @@ import numpy as np
 
 from stagemesh.stage.local_queue import StepTiming, Timings
 from stagemesh.v1 import stage_pb2
-from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer, merge
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import PART_MS, PARTS, Attribute, Span
 from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
+STEPS_AT_ONCE = 2048
+"""Whose spans are made together: a megabyte and a half."""
 RANKS_LAG = 1024
+TRACEPARENT_LENGTH = 55
+_ID_DIGITS = np.r_[3:35, 36:52]
 TRACED = b"J700-"
 """What the bytes of a step have that is traced: tag, length and beginning of its traceparent. Others may have
 it by chance. To look for it is what a step costs that is not traced."""
@@ -59,13 +63,7 @@ class StepSpans:
         """All that was reported while there was one, traced or not: which is found out in the exporter's thread."""
         self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
         self._making = threading.Lock()
-        columns = {
-            Attribute.STAGE: "int",
-            Attribute.EPOCH: "int",
-            Attribute.STEP: "int",
-            Attribute.SENT_BYTES: "int",
-        }
-        self._stage = SpanTemplate(Span.STAGE, columns=columns)  # type: ignore[arg-type]
+        self._stage = _stage_template(0, 0)
         self._parts = [SpanTemplate(part) for part in PARTS]
         exporter.register(self._spans)
 
@@ -74,11 +72,12 @@ class StepSpans:
         """Spans that did not fit while the receiver was away."""
         return self._done.num_dropped * SPANS_OF_A_STEP
 
-    def open_lane(self, stage_index: int) -> None:
+    def open_lane(self, stage_index: int, epoch: int) -> None:
         """Steps of an older epoch do not end any more."""
         for chunk in self._of_stage():
             self._made.add(chunk)
         self._stage_index = stage_index
+        self._stage = _stage_template(stage_index, epoch)
         self.open_steps.clear()
         self._traced.clear()
 
@@ -128,7 +127,7 @@ class StepSpans:
                 columns={Attribute.RANK: np.full(len(traced), rank), **milliseconds},
             )
             chunks.append((data, len(traced)))
-        return merge(chunks, self._settings.max_batch)
+        return chunks
 
     def _stage_ids(self, roots: Bytes) -> Bytes:
         """[N, 8] ids of this stage's spans below these root spans, so that ranks know their parent's."""
@@ -140,8 +139,9 @@ class StepSpans:
             table = timing_table(self._done.take())
             traceparents = [self.open_steps.pop(number, "") for number in table[:, 1].tolist()]
             traced = [place for place, traceparent in enumerate(traceparents) if traceparent]
-            size = max(1, self._settings.max_batch // SPANS_OF_A_STEP)
-            batches = (traced[begin : begin + size] for begin in range(0, len(traced), size))
+            batches = (
+                traced[begin : begin + STEPS_AT_ONCE] for begin in range(0, len(traced), STEPS_AT_ONCE)
+            )
             return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
 
     def _encode(self, traceparents: list[str], table: Int64) -> Chunk:
@@ -156,29 +156,36 @@ class StepSpans:
             parent_ids=roots,
             starts_ns=arrivals,
             ends_ns=ends[:, -1],
-            columns={
-                Attribute.STAGE: np.full(count, self._stage_index),
-                Attribute.EPOCH: table[:, 0],
-                Attribute.STEP: table[:, 1],
-                Attribute.SENT_BYTES: table[:, SENT_BYTES],
-            },
+            columns={Attribute.STEP: table[:, 1], Attribute.SENT_BYTES: table[:, SENT_BYTES]},
         )
         spans = count
         begins = arrivals
+        encoded = [data]
+        part_ids = ids(os.urandom(8 * count * len(PARTS)), 8).reshape(len(PARTS), count, 8)
         for index, template in enumerate(self._parts):
             # Most steps find the stage free: then there is no queue to show.
             there = slice(None) if index else np.flatnonzero(table[:, PART_COLUMNS][:, 0])
-            chosen = stages[there]
-            data += template.encode(
-                trace_ids=traces[there],
-                span_ids=ids(os.urandom(8 * len(chosen)), 8),
-                parent_ids=chosen,
-                starts_ns=begins[there],
-                ends_ns=ends[there, index],
+            chosen = part_ids[index, there]
+            encoded.append(
+                template.encode(
+                    trace_ids=traces[there],
+                    span_ids=chosen,
+                    parent_ids=stages[there],
+                    starts_ns=begins[there],
+                    ends_ns=ends[there, index],
+                )
             )
             begins = ends[:, index]
             spans += len(chosen)
-        return data, spans
+        return b"".join(encoded), spans
+
+
+def _stage_template(stage_index: int, epoch: int) -> SpanTemplate:
+    return SpanTemplate(
+        Span.STAGE,
+        attributes={Attribute.STAGE: stage_index, Attribute.EPOCH: epoch},
+        columns={Attribute.STEP: "int", Attribute.SENT_BYTES: "int"},
+    )
 
 
 def timing_table(timings: Iterable[Timings]) -> Int64:
@@ -188,7 +195,7 @@ def timing_table(timings: Iterable[Timings]) -> Int64:
 
 
 def parents_of(traceparents: Iterable[str]) -> tuple[Bytes, Bytes]:
-    """[N, 16] trace ids and [N, 8] span ids."""
-    text = "".join(traceparent[3:35] + traceparent[36:52] for traceparent in traceparents)
-    both = ids(bytes.fromhex(text), 24)
+    """[N, 16] trace ids and [N, 8] span ids; traceparents of version 00 are of one length."""
+    text = np.frombuffer("".join(traceparents).encode(), np.uint8).reshape(-1, TRACEPARENT_LENGTH)
+    both = ids(bytes.fromhex(text[:, _ID_DIGITS].tobytes().decode()), 24)
     return both[:, :16], both[:, 16:]
