@@ -43,7 +43,7 @@ COST = "3ms + 0.015ms*tokens"
 STREAMS = 192
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
-RUNS = {"1%": 14, "all": 5}
+RUNS = {"1%": 12, "all": 4}
 """Least is at stake at 1%, so it has most."""
 ON_TURNS = 8
 """Of a run. A run has an odd number of turns, lest turns that sample are always the even ones."""
