@@ -377,6 +377,47 @@ def test_over_http_with_a_span_for_each_step_and_a_wrong_receiver_at_a_stage(
             mesh.close()
 
 
+def test_a_mesh_that_exports_nowhere_serves(
+    sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens where router and stages would send their spans: these are dropped and counted."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    mesh = RunningMesh(tmp_path, sim_model, (1, 1), stage_flags=SIM, router_flags=SCRAPED)
+    try:
+        mesh.wait_ready()
+        for seed in range(4):
+            assert len(generate(mesh, make_prompt(9, seed), 8).token_ids) == 8
+        router = mesh.router.said(r"metrics on http://(\S+)/metrics").group(1)
+        dropped = RouterMetric.SPANS_DROPPED.prometheus
+        wait_for(lambda: scrape(router)[dropped] or None, "dropped spans")
+        assert len(generate(mesh, make_prompt(9, 5), 8).token_ids) == 8
+        assert [s.stop() for s in (mesh.router, *mesh.stages)] == [0, 0, 0], f"not within {STOP_TIMEOUT_S} s"
+    finally:
+        mesh.close()
+
+
+def test_nothing_of_opentelemetry_is_loaded_where_tracing_is_off(
+    sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    flags = ("--api-workers", "1")
+    mesh = RunningMesh(tmp_path, sim_model, (1, 1), stage_flags=SIM, router_flags=flags)
+    try:
+        mesh.wait_ready()
+        assert len(generate(mesh, make_prompt(9), 8).token_ids) == 8
+        for service in (mesh.router, *mesh.stages):
+            assert service.stop() == 0
+            imported = re.findall(r"^import time:.*\|\s*(\S+)$", service.log.read_text(), re.MULTILINE)
+            assert "stagemesh.wire.telemetry.settings" in imported
+            assert [name for name in imported if name.startswith("opentelemetry")] == []
+            assert "stagemesh.wire.telemetry.exporter" not in imported
+    finally:
+        mesh.close()
+
+
 @pytest.mark.parametrize(
     ("variables", "flags", "key"),
     [

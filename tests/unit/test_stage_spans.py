@@ -1,0 +1,120 @@
+"""The stage's spans of a microbatch: made of what the workers report anyway, of traced steps alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
+
+from stagemesh.stage.leader.step_spans import RANKS_LAG, TRACED, StepSpans
+from stagemesh.stage.local_queue import StepTiming, Timings, unpack_timings
+from stagemesh.v1 import stage_pb2
+from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
+from stagemesh.wire.telemetry.settings import TraceSettings
+
+PARTS_NS = (0, 20, 30, 400, 50)
+
+
+class Exporter:
+    """Spans are asked for when a test wants them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = TraceSettings(endpoint="x:1", **settings)
+        self.source: Callable[[], list[tuple[bytes, int]]]
+
+    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
+        self.source = source
+
+    def spans(self) -> list[Any]:
+        chunks = self.source()
+        found = [span for data, _ in chunks for span in ScopeSpans.FromString(data).spans]
+        assert len(found) == sum(count for _, count in chunks)
+        return found
+
+
+def traceparent(number: int) -> str:
+    return f"00-{number:032x}-{number:016x}-01"
+
+
+def step(number: int, *, traced: bool = True) -> stage_pb2.Step:
+    return stage_pb2.Step(epoch=7, number=number, traceparent=traceparent(number) if traced else "")
+
+
+def timings(*numbers: int, parts: tuple[int, ...] = PARTS_NS) -> Timings:
+    packed = (StepTiming(7, number, 1_000 * number, *parts, 99).pack() for number in numbers)
+    return unpack_timings(b"".join(packed))
+
+
+def make(**settings: Any) -> tuple[Exporter, StepSpans]:
+    exporter = Exporter(**settings)
+    spans = StepSpans(exporter)  # type: ignore[arg-type]
+    spans.open_lane(2, 7)
+    return exporter, spans
+
+
+def test_the_bytes_of_a_traced_step_say_so() -> None:
+    assert TRACED in stage_pb2.ExecuteRequest(steps=[step(1, traced=False), step(2)]).SerializeToString()
+    assert TRACED not in stage_pb2.ExecuteRequest(steps=[step(1, traced=False)]).SerializeToString()
+
+
+def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() -> None:
+    exporter, spans = make()
+    spans.take_steps([step(1), step(2, traced=False), step(3)])
+    spans.take_timings(timings(1, 2))
+    spans.take_timings(timings(3, parts=(10, *PARTS_NS[1:])))
+    found = exporter.spans()
+    stages = {span.trace_id: span for span in found if span.name == Span.STAGE}
+    assert sorted(int.from_bytes(trace_id, "big") for trace_id in stages) == [1, 3]
+    for number, queue_ns in ((1, 0), (3, 10)):
+        stage = stages[number.to_bytes(16, "big")]
+        values = {entry.key: entry.value.int_value for entry in stage.attributes}
+        assert stage.parent_span_id == number.to_bytes(8, "big")
+        assert values == {
+            Attribute.STAGE: 2,
+            Attribute.EPOCH: 7,
+            Attribute.STEP: number,
+            Attribute.SENT_BYTES: 99,
+        }
+        parts = [span for span in found if span.parent_span_id == stage.span_id]
+        assert [part.name for part in parts] == list(PARTS[0 if queue_ns else 1 :])
+        edges = [(part.start_time_unix_nano, part.end_time_unix_nano) for part in parts]
+        assert edges[0][0] == stage.start_time_unix_nano
+        assert edges[-1][1] == stage.end_time_unix_nano == edges[0][0] + 500 + queue_ns
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(edges))
+    assert not spans.open_steps
+    assert exporter.spans() == [], "given away twice"
+
+
+def test_spans_of_an_epoch_that_ended_are_kept_and_steps_that_never_ended_have_none() -> None:
+    exporter, spans = make()
+    spans.take_steps([step(1), step(2)])
+    spans.take_timings(timings(1))
+    spans.open_lane(2, 8)
+    assert not spans.open_steps
+    spans.take_steps([step(2)])
+    assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
+
+
+def test_what_is_dropped_leaves_nothing_behind() -> None:
+    exporter, spans = make(max_queued=1)
+    for number in (1, 2, 3):
+        spans.take_steps([step(number)])
+        spans.take_timings(timings(number))
+    assert not spans.open_steps
+    assert exporter.spans() == []
+    assert spans.num_dropped == 3 * (1 + len(PARTS))
+
+
+def test_ranks_are_remembered_for_a_number_of_steps() -> None:
+    exporter = Exporter()
+    spans = StepSpans(exporter, ranks=True)  # type: ignore[arg-type]
+    spans.open_lane(2, 7)
+    for number in (1, 5, 3 * RANKS_LAG, 3 * RANKS_LAG + 7):
+        spans.take_steps([step(number)])
+    assert list(spans._traced) == [3 * RANKS_LAG, 3 * RANKS_LAG + 7]
+    spans.take_timings(timings(3 * RANKS_LAG))
+    spans.take_rank(1, timings(3 * RANKS_LAG))
+    ranks = [span for span in exporter.spans() if span.name == Span.RANK]
+    assert [span.attributes[0].value.int_value for span in ranks] == [0, 1]
