@@ -25,6 +25,7 @@ from mesh_session import Session
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.v1 import admin_pb2, inference_pb2
+from stagemesh.wire.status import from_rpc_error
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -161,6 +162,7 @@ def test_an_unknown_trace(mesh: RunningMesh, neighbour: Any) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         mesh.admin.GetRequestTrace(admin_pb2.GetRequestTraceRequest(request_id="?"), timeout=CALL_TIMEOUT_S)
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    assert from_rpc_error(raised.value).reason == "REQUEST_UNKNOWN"
 
 
 def test_a_refusal_is_counted_and_leaves_nothing(mesh: RunningMesh) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +36,7 @@ from stagemesh.client import (
     UnimplementedError,
     Usage,
 )
+from stagemesh.client._channel import CHANNEL_OPTIONS
 from stagemesh.client._exchange import Exchange
 from stagemesh.client._request import MAX_REQUEST_BYTES
 from stagemesh.v1 import inference_pb2 as pb
@@ -123,6 +127,7 @@ def test_a_value_no_request_can_hold_is_named(
     with pytest.raises(InvalidArgumentError) as caught:
         client.generate(**arguments)
     assert caught.value.field == field
+    assert caught.value.reason == ("INVALID_PROMPT" if field == "prompt" else "INVALID_VALUE")
     assert not router.received
 
 
@@ -286,8 +291,9 @@ def test_closing_the_client_ends_its_streams_and_calls(router: ScriptedRouter) -
     with pytest.raises(CancelledError):
         list(stream)
     for call in (lambda: client.generate("hi"), client.model, client.ready):
-        with pytest.raises(FailedPreconditionError, match="closed"):
+        with pytest.raises(FailedPreconditionError, match="closed") as caught:
             call()
+        assert caught.value.reason == "CLIENT_CLOSED"
 
 
 def test_no_server_names_the_address_and_the_request(router: ScriptedRouter) -> None:
@@ -295,6 +301,50 @@ def test_no_server_names_the_address_and_the_request(router: ScriptedRouter) -> 
     with Client(router.address) as client, pytest.raises(UnavailableError) as caught:
         client.complete("hi", request_id="r")
     assert str(caught.value) == f"no connection to {router.address}: Connection refused (request r)"
+
+
+SILENT = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from stagemesh.v1 import inference_pb2, inference_pb2_grpc
+
+class Silent(inference_pb2_grpc.InferenceServiceServicer):
+    def Generate(self, request, context):
+        yield inference_pb2.GenerateResponse(text="x", token_ids=[1])
+        time.sleep(1000)
+
+options = (("grpc.http2.max_ping_strikes", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 1))
+server = grpc.server(ThreadPoolExecutor(1), options=options)
+inference_pb2_grpc.add_InferenceServiceServicer_to_server(Silent(), server)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+time.sleep(1000)
+"""
+
+
+def test_a_router_that_stops_without_a_word_is_noticed_while_a_stream_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also after pings to which it answered, between which nothing was sent."""
+    faster = tuple(
+        (key, value // 30 if "keepalive_time" in key or "ping_timeout" in key else value)
+        for key, value in CHANNEL_OPTIONS
+    )
+    monkeypatch.setattr("stagemesh.client._client.CHANNEL_OPTIONS", faster)
+    router = subprocess.Popen([sys.executable, "-c", SILENT], stdout=subprocess.PIPE, text=True)
+    assert router.stdout is not None
+    try:
+        with Client(f"127.0.0.1:{router.stdout.readline().strip()}", timeout=50) as client:
+            stream = client.generate("hi")
+            assert next(stream).text == "x"
+            time.sleep(4.5)  # four pings
+            router.send_signal(signal.SIGSTOP)
+            with pytest.raises(UnavailableError, match="ping timeout"):
+                next(stream)
+    finally:
+        router.kill()
+        router.communicate()
 
 
 def test_a_server_of_another_kind_names_the_address() -> None:

@@ -260,6 +260,20 @@ def test_cancelling_the_last_that_runs_ends_a_reader_that_waits(router: Scripted
         assert router.sessions[0].cancelled == stream.request_ids[:1]
 
 
+def test_a_session_that_the_router_ends_early_ends_its_requests() -> None:
+    class Call:
+        def __next__(self) -> pb.SessionResponse:
+            raise StopIteration
+
+        def cancel(self) -> None:
+            pass
+
+    exchange = Exchange(pb.GenerateRequest(text="a"), timeout_s=None, retries=0, address="mesh:1")
+    [(_, chunk)] = list(ManyStream(Many([exchange], max_live=1), lambda requests: Call(), "mesh:1"))
+    assert isinstance(chunk.error, UnavailableError)
+    assert chunk.error.reason == "SESSION_ENDED"
+
+
 def test_nothing_of_a_cancelled_request_comes_even_if_it_was_here() -> None:
     def both_at_once(requests: Iterator[pb.SessionRequest]) -> Any:
         ids = [start.request_id for start in next(requests).start]

@@ -40,5 +40,6 @@ def test_it_says_what_the_last_answer_was(checks: list[Any], said: str) -> None:
     for check in checks:
         wait.failed(check) if isinstance(check, Failure) else wait.answered(check)
     now = 0.99
-    with pytest.raises(DeadlineExceededError, match=rf"mesh:1 was not ready within 1\.0 s: {said}"):
+    with pytest.raises(DeadlineExceededError, match=rf"mesh:1 was not ready within 1\.0 s: {said}") as caught:
         wait.pause_s()
+    assert caught.value.reason == "NOT_READY"

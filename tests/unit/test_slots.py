@@ -236,5 +236,6 @@ def test_refusals(name: str) -> None:
 
 @pytest.mark.parametrize(("number", "tokens"), [(1, [1]), (1, [1, 2, 3]), (8, [1])])
 def test_tokens_that_no_step_sampled_are_refused(number: int, tokens: list[int]) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"{len(tokens)} tokens came for step {number}"):
+    with pytest.raises(InvalidArgumentError, match=f"{len(tokens)} tokens came for step {number}") as caught:
         two_decoding().deliver(number, np.array(tokens))
+    assert caught.value.reason == "BAD_RING"

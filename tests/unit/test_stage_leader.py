@@ -10,7 +10,7 @@ import pytest
 
 from stagemesh.stage.leader import leader as leader_module
 from stagemesh.stage.leader.leader import StageLeader
-from stagemesh.wire.errors import StageLostError
+from stagemesh.wire.errors import StageLostError, UnavailableError
 
 
 async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_ended(
@@ -43,3 +43,6 @@ async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_en
     assert up != down
     assert stopped == "stopped"
     assert leader.not_ready == "worker 0 (pid 7) was killed by signal 9; starting again"
+    with pytest.raises(UnavailableError, match="starting again") as caught:
+        leader.hand_frame(b"", 0)
+    assert (caught.value.reason, caught.value.stage) == ("STAGE_NOT_READY", "stage 1")

@@ -51,6 +51,7 @@ def refused(template: str | None, chat: list[Message]) -> StagemeshError:
 def test_a_template_that_fails(template: str, message: str) -> None:
     error = refused(template, CHAT)
     assert isinstance(error, InvalidArgumentError)
+    assert error.reason == "CHAT_TEMPLATE"
     assert message in error.message
 
 

@@ -125,4 +125,4 @@ def test_a_lone_surrogate_is_refused(folder: Path) -> None:
     assert tokenizer is not None
     with pytest.raises(InvalidArgumentError) as caught:
         tokenizer.encode("a \ud800")
-    assert caught.value.field == "text"
+    assert (caught.value.reason, caught.value.field) == ("INVALID_TEXT", "text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from reasons_in_code import ROOT, reasons_in_code
@@ -10,6 +11,8 @@ from reasons_in_code import ROOT, reasons_in_code
 from stagemesh.wire.errors import StagemeshError
 
 TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text()
+UNTRIED = {"DEVICE_HANGS", "LINK_FAILED", "WORKER_LOST", "NOTHING_MEASURED", "UNSUPPORTED_ARCHITECTURE"}
+"""By their name: of GPUs; in metrics and traces alone; of the command line, whose tests look at its lines."""
 ENTRIES = re.findall(r"^### (\w+)$", TROUBLESHOOTING, re.MULTILINE)
 
 
@@ -25,6 +28,22 @@ def codes() -> set[str]:
 def test_every_reason_has_an_entry() -> None:
     missing = {reason: files for reason, files in reasons_in_code().items() if reason not in ENTRIES}
     assert missing == {}, "say in docs/troubleshooting.md what an operator can do about it"
+
+
+def test_every_reason_is_in_the_table_of_errors() -> None:
+    table = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", (ROOT / "docs/errors.md").read_text()))
+    missing = {reason: files for reason, files in reasons_in_code().items() if reason not in table}
+    assert missing == {}, "give it a row in docs/errors.md"
+
+
+def test_every_reason_is_in_a_test() -> None:
+    tests = "".join(
+        path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name
+    )
+    missing = [
+        reason for reason in set(reasons_in_code()) - UNTRIED if not re.search(rf"\b{reason}\b", tests)
+    ]
+    assert sorted(missing) == [], "a row of docs/errors.md has a test"
 
 
 def test_every_entry_is_a_reason_or_a_code() -> None:

@@ -33,6 +33,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # must allow such pings: grpc.http2.min_recv_ping_interval_without_data_ms of at most 20,000.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # The timeout of a ping is another one, of 60 s; and after two pings with nothing sent in between, as of a
+    # stream that only receives, there would be one a minute.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 0),
     # gRPC's own back-off goes up to two minutes: too long for a router that restarts in seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
