@@ -21,6 +21,8 @@ from stagemesh.stage.engine.batch import Batch
 
 MAX_PADDING = 1.5
 """A decode group's longest context over its shortest, at most (in blocks)."""
+QUERIES = 256
+"""Of a chunk that attend together: the operator computes what a mask hides as well, and fewer see less of it."""
 GATHERED_BYTES = 8 << 20
 """Keys and values that a group of several rows gathers, at most: more would not stay in the CPU's cache."""
 
@@ -270,12 +272,25 @@ class TorchPagedAttention:
         self, row: _Prefill, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """[n, heads, head_dim] after keys and values [kv_heads, m, head_dim], to [n, heads * head_dim]."""
+        if row.mask is None:
+            return self._attend_dense(query, key, value, None)
+        parts = []
+        for begin in range(0, len(query), QUERIES):
+            end = min(begin + QUERIES, len(query))
+            seen = row.start + end
+            mask = row.mask[begin:end, :seen]
+            parts.append(self._attend_dense(query[begin:end], key[:, :seen], value[:, :seen], mask))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
             key.unsqueeze(0),
             value.unsqueeze(0),
-            attn_mask=row.mask,
-            is_causal=row.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=self._group > 1,
         )
         return out.squeeze(0).transpose(0, 1).flatten(1)

@@ -30,5 +30,7 @@ class RotaryTable:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate [T, heads, head_dim] by its positions."""
-    halves = x.unflatten(-1, (2, -1))
-    return (x * cos).addcmul_(halves.flip(-2).flatten(-2), sin)
+    rotated, half = x * cos, x.shape[-1] // 2
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated
