@@ -351,3 +351,14 @@ def test_a_burst_after_a_trickle_keeps_every_stage_busy_at_once() -> None:
     lane.run(start + 1.0)
     assert len(lane.steps) - began < 40
     assert (lane.busy_s - busy).min() > 0.9
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(4, 3), (8, 7), (4, 5)])
+def test_rows_that_do_not_divide_evenly_all_get_on_alike(num_stages: int, num_microbatches: int) -> None:
+    limits = lane_limits(num_stages, max_microbatches=0, num_microbatches=num_microbatches)
+    lane = VirtualLane(limits, [Costs(constant=2 * MS)] * num_stages, hop_s=0.1 * MS, answer_s=0.2 * MS)
+    for index in range(64):
+        lane.arrive(0.0, f"r{index}", 16, 5000)
+    lane.run(8.0)
+    counts = [len(times) for times in lane.token_times.values()]
+    assert min(counts) >= max(counts) - 4

@@ -333,6 +333,11 @@ class Scheduler:
             count = together
         else:
             count = max(int(np.searchsorted(sums, share + lightest / 2, side="right")), 1)
+            if sums[together - 1] < share / 8 and not self._prefill_waits:
+                # A few that are left over go with a whole group, or the same few would be left over again and again.
+                groups = np.flatnonzero(np.r_[last[1:] != last[:-1], True]) + 1
+                about = groups[np.abs(sums[groups - 1] - share) <= slack]
+                count = int(about[0]) if len(about) else count
             if count > together:
                 free = (last == last[0]) | (columns.unseen[ready] == 0)
                 num_free = len(free) if free.all() else int(free.argmin())
