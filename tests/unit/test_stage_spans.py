@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
+from exporter_for_tests import Exporter
 
 from stagemesh.stage.leader.step_spans import RANKS_LAG, TRACED, StepSpans
 from stagemesh.stage.local_queue import StepTiming, Timings, unpack_timings
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
-from stagemesh.wire.telemetry.settings import TraceSettings
 
 PARTS_NS = (0, 20, 30, 400, 50)
-
-
-class Exporter:
-    """Spans are asked for when a test wants them."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = TraceSettings(endpoint="x:1", **settings)
-        self.source: Callable[[], list[tuple[bytes, int]]]
-
-    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
-        self.source = source
-
-    def spans(self) -> list[Any]:
-        chunks = self.source()
-        found = [span for data, _ in chunks for span in ScopeSpans.FromString(data).spans]
-        assert len(found) == sum(count for _, count in chunks)
-        return found
 
 
 def traceparent(number: int) -> str:

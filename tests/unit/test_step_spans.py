@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
+from exporter_for_tests import Exporter
 
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Request, Step
@@ -16,21 +15,6 @@ from stagemesh.router.scheduler.step import Changes
 from stagemesh.router.tracing.step_spans import StepIds, StepSpans
 from stagemesh.wire.telemetry.context import TraceContext
 from stagemesh.wire.telemetry.names import Attribute
-from stagemesh.wire.telemetry.settings import TraceSettings
-
-
-class Exporter:
-    """Spans are asked for when a test wants them."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = TraceSettings(endpoint="x:1", **settings)
-        self.source: Callable[[], list[tuple[bytes, int]]]
-
-    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
-        self.source = source
-
-    def spans(self) -> list[Any]:
-        return [span for data, _ in self.source() for span in ScopeSpans.FromString(data).spans]
 
 
 class Lane:

@@ -3,7 +3,8 @@
 Three layouts, of which a process picks one for all its weights, so that none is held twice:
 
 - native: panels for the kernels of stagemesh.stage.native, float32 only. They multiply while they read, where the
-  other two read and then multiply.- onednn: oneDNN's own blocked format. Elementwise work next to a product is done inside it.
+  other two read and then multiply.
+- onednn: oneDNN's own blocked format. Elementwise work next to a product is done inside it.
 - transposed: [in, out], for MKL's matmul. MKL reads the weight at full bandwidth for one row this way and
   reaches blocked speed from a few rows on, where [out, in] falls back to something three times slower.
 
