@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent import futures
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from otlp_servers import grpc_server, http_server
 
 from stagemesh.wire.telemetry.names import Attribute
 
@@ -77,14 +76,11 @@ def otlp_grpc_metrics_receiver() -> Iterator[tuple[str, PushedMetrics]]:
             pushed.take(request)
             return metrics_service_pb2.ExportMetricsServiceResponse()
 
-    server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{port}", pushed
-    finally:
-        server.stop(0).wait()
+    def add_servicer(server: grpc.Server) -> None:
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Servicer(), server)
+
+    with grpc_server(add_servicer) as address:
+        yield address, pushed
 
 
 @contextmanager
@@ -92,25 +88,11 @@ def otlp_http_metrics_receiver() -> Iterator[tuple[str, PushedMetrics]]:
     """The same over HTTP, for OTEL_EXPORTER_OTLP_ENDPOINT."""
     pushed = PushedMetrics()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/v1/metrics"
-            pushed.take(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def take(body: bytes) -> None:
+        pushed.take(metrics_service_pb2.ExportMetricsServiceRequest.FromString(body))
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", pushed
-    finally:
-        server.shutdown()
-        server.server_close()
+    with http_server("/v1/metrics", take) as address:
+        yield address, pushed
 
 
 def _value(kind: str, metric: Any, point: Any) -> float:

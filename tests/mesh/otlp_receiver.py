@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
 from mesh_processes import wait_for
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from otlp_servers import grpc_server, http_server
 
 from stagemesh.wire.telemetry.names import Attribute
 
@@ -88,14 +87,11 @@ def otlp_grpc_receiver() -> Iterator[tuple[str, Spans]]:
             spans.take(request)
             return trace_service_pb2.ExportTraceServiceResponse()
 
-    server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"http://127.0.0.1:{port}", spans
-    finally:
-        server.stop(0).wait()
+    def add_servicer(server: grpc.Server) -> None:
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Servicer(), server)
+
+    with grpc_server(add_servicer) as address:
+        yield address, spans
 
 
 @contextmanager
@@ -103,25 +99,11 @@ def otlp_http_receiver() -> Iterator[tuple[str, Spans]]:
     """The same over HTTP."""
     spans = Spans()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/v1/traces"
-            spans.take(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def take(body: bytes) -> None:
+        spans.take(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", spans
-    finally:
-        server.shutdown()
-        server.server_close()
+    with http_server("/v1/traces", take) as address:
+        yield address, spans
 
 
 def _received(service: str, span: Any) -> ReceivedSpan:
