@@ -18,7 +18,7 @@ from stagemesh.router.api.backend import End
 from stagemesh.router.api.checking import check
 from stagemesh.router.api.public_server import PublicServer
 from stagemesh.router.api.served_model import ServedModel
-from stagemesh.router.api.session import MAX_REFUSED
+from stagemesh.router.api.session import MAX_UNTOLD, MESSAGE_TOKENS
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.scheduler import Finish, Request
@@ -40,12 +40,15 @@ class Scripted:
         self.abandoned: list[int] = []
         self.refusals: list[str] = []
         self.refuse_all = False
+        self.answer_all = False
 
     def submit(self, handle: int, request: Request, arrived: float) -> None:
         self.submitted[request.request_id] = (handle, request)
         if self.refuse_all:
             error = ResourceExhaustedError("full", reason="QUEUE_FULL", retry_after_s=0.5)
             self.streams.fail(handle, error.of_request(request.request_id))
+        if self.answer_all:
+            self.give({request.request_id: 7}, ends=[request.request_id])
 
     def abandon(self, handle: int) -> None:
         self.abandoned.append(handle)
@@ -95,7 +98,7 @@ async def side() -> AsyncIterator[Any]:
     server = PublicServer(side.streams)
     address = await server.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(address) as channel:
-        side.channel = channel
+        side.address, side.channel = address, channel
         side.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         yield side
     await server.stop(0)
@@ -214,9 +217,53 @@ async def test_refusals_do_not_pile_up_for_a_client_that_does_not_read(side: Any
     ended = 0
     while ended < 5_000:
         response = await call.read()
-        assert len(response.ends) <= MAX_REFUSED
+        assert len(response.ends) <= MAX_UNTOLD
         ended += len(response.ends)
     assert len(side.backend.refusals) == 5_000
+
+
+async def test_answers_do_not_pile_up_for_a_client_that_does_not_read(side: Any) -> None:
+    """Each is answered at once; what waits is bounded, and one that reads after all gets every answer."""
+    names = [f"{number:0120d}" for number in range(12_000)]
+    # Without the probe its window does not grow: what is not read soon holds up who writes.
+    channel = grpc.aio.insecure_channel(side.address, (("grpc.http2.bdp_probe", 0),))
+    call = inference_pb2_grpc.InferenceServiceStub(channel).Session()  # type: ignore[no-untyped-call]
+
+    async def ask() -> None:
+        for begin in range(0, len(names), 100):
+            await call.write(start(*names[begin : begin + 100]))
+
+    side.backend.answer_all = True
+    asking = asyncio.create_task(ask())
+    taken, unchanged = 0, 0
+    while unchanged < 20 and not asking.done():
+        await asyncio.sleep(0.01)
+        unchanged = unchanged + 1 if len(side.backend.submitted) == taken else 0
+        taken = len(side.backend.submitted)
+    waiting = sum(type(one) is RequestStream for one in gc.get_objects())
+    assert waiting < MAX_UNTOLD + 200, f"of {taken} taken"
+    ended = 0
+    while ended < len(names):
+        ended += len((await call.read()).ends)
+    await asking
+    await channel.close()
+
+
+async def test_what_waits_for_a_client_comes_in_messages_that_it_can_take(side: Any) -> None:
+    names, count = [f"r{number}" for number in range(300)], 1_000
+    call = side.stub.Session()
+    await call.write(start(*names))
+    await side.backend.wait(*names)
+    for _ in range(count):
+        side.backend.give(dict.fromkeys(names, 900))
+    side.backend.give(dict.fromkeys(names, 900), ends=names)
+    tokens = ended = 0
+    while ended < len(names):
+        response = await call.read()
+        assert len(response.token_ids) <= MESSAGE_TOKENS + count
+        tokens += len(response.token_ids)
+        ended += len(response.ends)
+    assert tokens == len(names) * (count + 1)
 
 
 async def test_an_id_is_live_until_its_end_was_sent(side: Any) -> None:

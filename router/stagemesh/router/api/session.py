@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -18,15 +19,20 @@ TURN_S = 0.002
 """Tokenizing a message full of long prompts gives way to others after this time of this thread's: short requests
 that came together go together, also where others have the core in between."""
 
-MAX_REFUSED = 1_000
-"""Refusals that may wait for a client that does not read, before nothing more is read from it."""
+MAX_UNTOLD = 1_000
+"""Requests with news, refusals among them, that may wait for a client that does not read, before nothing more is read
+from it."""
+
+MESSAGE_TOKENS = 1 << 16
+"""A message is full with so many: what waited for a slow client would not fit the 4 MiB that gRPC takes by default."""
 
 
 class Session:
     """The requests of one Session call.
 
     What comes in while a message is being written goes into the next one, so a slow client gets fewer and
-    larger messages, never a queue that grows: what waits for it is bounded by its requests' max_tokens.
+    larger messages, never a queue that grows: what waits for it is bounded by its requests' max_tokens, and the
+    requests by MAX_UNTOLD beside those that run.
 
     Args:
         streams: Of this public side.
@@ -40,7 +46,7 @@ class Session:
         self._deadline = deadline
         self._streams: dict[str, RequestStream] = {}
         self._refused: list[inference_pb2.SessionEnd] = []
-        self._changed: list[RequestStream] = []
+        self._changed: deque[RequestStream] = deque()
         self._wake = asyncio.Event()
         self._told = asyncio.Event()
 
@@ -77,7 +83,7 @@ class Session:
         async for request in requests:
             turn_ends = time.thread_time() + TURN_S
             for start in request.start:
-                if len(self._refused) >= MAX_REFUSED:
+                while len(self._refused) + len(self._changed) >= MAX_UNTOLD:
                     self._told.clear()
                     await self._told.wait()
                 self._start(start)
@@ -112,13 +118,13 @@ class Session:
         self._streams[message.request_id] = stream
 
     def _collect(self) -> inference_pb2.SessionResponse:
-        changed, self._changed = self._changed, []
+        changed = self._changed
         refused, self._refused = self._refused, []
-        self._told.set()
         request_ids, texts, counts = [], [], []
         token_ids: list[int] = []
         ended = []
-        for stream in changed:
+        while changed and len(token_ids) < MESSAGE_TOKENS:
+            stream = changed.popleft()
             request_id = stream.request.request_id
             if self._streams.get(request_id) is not stream:  # cancelled
                 continue
@@ -131,6 +137,9 @@ class Session:
             if stream.finish is not None or stream.error is not None:
                 ended.append(stream)
                 del self._streams[request_id]
+        if changed:
+            self._wake.set()
+        self._told.set()
         return inference_pb2.SessionResponse(
             request_ids=request_ids,
             texts=texts,
