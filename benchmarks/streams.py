@@ -29,10 +29,12 @@ from stagemesh.v1 import admin_pb2, admin_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
-ROOMY = "64GiB"
+ROOMY = "256GiB"
 """KV memory that the simulated stages claim to have, where blocks should not matter."""
 NUM_STREAMS = 256
 COSTS = ("8ms", "8ms")
+OUTPUT = 8_000
+"""Tokens of a stream that is measured: more than it gets within the window."""
 WARM_S, WINDOW_S = 3.0, 8.0
 
 
@@ -102,16 +104,18 @@ def cost_per_token(
         window_s: Seconds measured.
 
     Raises:
-        RuntimeError: The client did not get what the router sent.
+        RuntimeError: The client did not get what the router sent, or streams ended before the window did.
     """
     with mesh(costs, "--api-workers", str(api_workers)) as running:
         workers = descendants(running.router_pid)
-        with Load(running.listen, kind, [(8, 4000)] * streams) as load:
+        with Load(running.listen, kind, [(8, OUTPUT)] * streams) as load:
             _wait(lambda: status(running).num_running == streams, "the streams")
             time.sleep(WARM_S)
             begin = _look(running, workers, load)
             time.sleep(window_s)
             end = _look(running, workers, load)
+            if (left := status(running).num_running) < streams:
+                raise RuntimeError(f"{left} of {streams} streams still run at the end of the window")
     tokens = end.tokens - begin.tokens
     delivered = end.delivered.tokens - begin.delivered.tokens
     if not 0.9 < delivered / tokens < 1.1:
