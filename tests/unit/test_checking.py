@@ -25,10 +25,10 @@ class LetterTokenizer:
 
     has_chat_template = True
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, enough: int | None = None) -> list[int]:
         return [ord(letter) % VOCAB_SIZE for letter in text]
 
-    def encode_chat(self, messages: Any) -> list[int]:
+    def encode_chat(self, messages: Any, *, enough: int | None = None) -> list[int]:
         return self.encode("".join(message.content for message in messages))
 
 
@@ -77,7 +77,7 @@ def test_a_token_of_the_tokenizer_that_the_model_does_not_have(kind: str) -> Non
     """Added to the tokenizer and never to the embedding; on a stage it would be an index out of range."""
 
     class Larger(LetterTokenizer):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *, enough: int | None = None) -> list[int]:
             return [VOCAB_SIZE if letter == "!" else 1 for letter in text]
 
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="a!b")])

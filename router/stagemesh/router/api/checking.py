@@ -77,6 +77,7 @@ def _refuse_not_built(message: inference_pb2.GenerateRequest) -> None:
 def _prompt(message: inference_pb2.GenerateRequest, model: ServedModel) -> npt.NDArray[np.uint32]:
     kind = message.WhichOneof("prompt")
     if kind == "token_ids":
+        _check_length(kind, len(message.token_ids.ids), model)
         ids = np.array(message.token_ids.ids, np.uint32)
         if len(ids) and ids.max() >= model.vocab_size:
             where = int(ids.argmax())
@@ -90,9 +91,11 @@ def _prompt(message: inference_pb2.GenerateRequest, model: ServedModel) -> npt.N
             field=kind,
         )
     elif kind == "text":
-        ids = np.array(model.tokenizer.encode(message.text), np.uint32)
+        ids = np.array(model.tokenizer.encode(message.text, enough=model.max_context), np.uint32)
     else:
-        ids = np.array(model.tokenizer.encode_chat(message.chat.messages), np.uint32)
+        ids = np.array(
+            model.tokenizer.encode_chat(message.chat.messages, enough=model.max_context), np.uint32
+        )
     if kind != "token_ids" and len(ids) and ids.max() >= model.vocab_size:
         raise _bad(
             kind,
@@ -101,13 +104,19 @@ def _prompt(message: inference_pb2.GenerateRequest, model: ServedModel) -> npt.N
         )
     if not len(ids):
         raise _bad(kind, "is an empty prompt; give at least one token", "EMPTY_PROMPT")
-    if len(ids) >= model.max_context:
+    _check_length(kind, len(ids), model)
+    return ids
+
+
+def _check_length(kind: str, num_tokens: int, model: ServedModel) -> None:
+    if num_tokens >= model.max_context:
+        # A text is not encoded further than is enough to know that.
+        more = " or more" if kind != "token_ids" and num_tokens > 2 * model.max_context else ""
         raise _bad(
             kind,
-            f"is {len(ids)} tokens; the context is {model.max_context}, and one must be left for the answer",
+            f"is {num_tokens} tokens{more}; the context is {model.max_context}, and one must be left for the answer",
             "PROMPT_TOO_LONG",
         )
-    return ids
 
 
 def _max_tokens(message: inference_pb2.GenerateRequest, prompt_tokens: int, max_context: int) -> int:

@@ -11,6 +11,9 @@ from stagemesh.router.text.chat_template import ChatTemplate
 from stagemesh.router.text.decoding import Decoding, decoding_of
 from stagemesh.wire.errors import FailedPreconditionError, InvalidArgumentError
 
+HEAD_CHARACTERS = 16
+"""A text longer than so many for each id that is wanted is looked at from its beginning first: few tokens are longer."""
+
 
 class ChatMessage(Protocol):
     """One message of a chat; stagemesh.v1's ChatMessage is one."""
@@ -63,16 +66,23 @@ class Tokenizer:
         """Whether `encode_chat` can work at all."""
         return self._template is not None
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special: bool = True, enough: int | None = None) -> list[int]:
         """The ids of a text.
 
         Args:
             text: Any text, also an empty one.
             add_special: Begin-of-text (and end-of-text) as the tokenizer's post-processor has it.
+            enough: A text that surely has more ids is not encoded to its end, which could take minutes: it gives those
+                of its beginning, more than twice as many. A beginning may be cut within a token.
 
         Raises:
             InvalidArgumentError: The text has surrogates, which no UTF-8 can carry.
         """
+        length = len(text) if enough is None else HEAD_CHARACTERS * enough
+        while enough is not None and length < len(text):
+            if len(head := self.encode(text[:length], add_special=add_special)) > 2 * enough:
+                return head
+            length *= 4
         try:
             return self.backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:
@@ -83,16 +93,16 @@ class Tokenizer:
                 field="text",
             ) from error
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], *, enough: int | None = None) -> list[int]:
         """The ids of a chat, up to where the assistant's answer begins.
 
-        No begin-of-text is added: the template writes the one it wants.
+        No begin-of-text is added: the template writes the one it wants. `enough` is as for `encode`.
 
         Raises:
             FailedPreconditionError: The model has no chat template, or a broken one.
             InvalidArgumentError: No messages, or the template refuses them.
         """
-        return self.encode(self.render_chat(messages), add_special=False)
+        return self.encode(self.render_chat(messages), add_special=False, enough=enough)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The text that `encode_chat` encodes; raises what it raises."""
