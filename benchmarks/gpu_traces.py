@@ -1,4 +1,4 @@
-"""Traces of decode steps on one GPU stage, made by a mesh that a client loads."""
+"""Traces of decode steps on GPU stages, made by a mesh that a client loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Traced:
     traces: dict[int, Path]
     """By batch."""
     step_ms: dict[int, float]
-    """As a client sees them, without a profiler, by batch."""
+    """As a client sees them, without a profiler, for each microbatch, by batch."""
     kv_tokens: int
 
 
@@ -39,7 +39,10 @@ def trace_decode(
     measure: bool = False,
     dry_run: bool = False,
 ) -> Traced:
-    """Decode at every batch with the profiler on for `steps` steps; with `measure`, the step times without it first.
+    """Decode at every batch with the profiler on for `steps` steps; with `measure`, the step times without it after.
+
+    A batch is the rows of a step: of several stages as many times more requests run, a microbatch for each. The
+    trace is that of the last stage's first rank.
 
     Raises:
         RuntimeError: The mesh did not start, or left no trace.
@@ -57,38 +60,44 @@ def trace_decode(
         preset="tiny" if dry_run else shape,
         estimate_s=60,
     )
-    options = RunOptions(out=out, vllm=None, bench_vllm=None, dry_run=dry_run, quick=True)
+    even = ("--max-in-flight", str(stages)) if stages > 1 else ()
+    options = RunOptions(out=out, vllm=None, bench_vllm=None, dry_run=dry_run, quick=True, mesh_options=even)
     log = RunLog(spec, options)
     os.environ["STAGEMESH_PROFILE"] = ";".join(
         [str(folder.resolve()), *(f"{batch}:{SKIP}:{steps}" for batch in batches)]
     )
     script = str(Path(__file__).parent / "gpu_client.py")
+    traces: dict[int, Path] = {}
     try:
         with watched_mesh(spec, options, log) as (address, watch):
+            ranks = [stage.description.ranks for stage in watch.status().lanes[0].stages]
             for batch in batches:
-                client = [sys.executable, script, address, "--requests", str(batch)]
+                client = [sys.executable, script, address, "--requests", str(batch * stages)]
                 client += ["--fixed", f"{PROMPT_TOKENS},{steps + SKIP + 40}"]
                 run_client(client, watch, log)
-            _await(folder, batches)
+                # A trace being written would hold up the launches of the next one.
+                for rank in (rank for stage in ranks for rank in stage):
+                    _await(folder / f"rank-{rank.process_id}-rows-{batch}.json.gz")
+                traces[batch] = folder / f"rank-{ranks[-1][0].process_id}-rows-{batch}.json.gz"
             if measure:
-                sizes = ",".join(map(str, batches))
+                sizes = ",".join(str(batch * stages) for batch in batches)
                 run_client([sys.executable, script, address, "--sizes", sizes, "--reps", "1"], watch, log)
     finally:
         del os.environ["STAGEMESH_PROFILE"]
         log.close()
-    step_ms = {line["batch"]: line["itl_ms_steady"] for line in log.lines if line["measure"] == "decode"}
+    # A sequence waits for the microbatches of all stages, so its step is as many times longer than a stage's.
+    step_ms = {
+        line["batch"] // stages: line["itl_ms_steady"] / stages
+        for line in log.lines
+        if line["measure"] == "decode"
+    }
     kv_tokens = next(line["kv_tokens"] for line in log.lines if line["measure"] == "engine")
-    return Traced({batch: _trace_of(folder, batch) for batch in batches}, step_ms, kv_tokens)
+    return Traced(traces, step_ms, kv_tokens)
 
 
-def _await(folder: Path, batches: list[int]) -> None:
+def _await(trace: Path) -> None:
     deadline = time.monotonic() + WRITE_TIMEOUT_S
-    while any(not list(folder.glob(f"*rows-{batch}.json.gz")) for batch in batches):
+    while not trace.exists():
         if time.monotonic() > deadline:
-            missing = [batch for batch in batches if not list(folder.glob(f"*rows-{batch}.json.gz"))]
-            raise RuntimeError(f"no trace of batch {missing} within {WRITE_TIMEOUT_S:g} s")
+            raise RuntimeError(f"no trace {trace.name} within {WRITE_TIMEOUT_S:g} s")
         time.sleep(0.1)
-
-
-def _trace_of(folder: Path, batch: int) -> Path:
-    return min(folder.glob(f"*rows-{batch}.json.gz"))

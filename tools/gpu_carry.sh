@@ -4,6 +4,7 @@
 #   .carry/kit     make device-kit
 #   .carry/tree    the sources at HEAD, with COMMIT
 #   .carry/vllm    a copy of YARDSTICK, the folder with vLLM's bundle, its unpack.sh and bench_vllm.py
+#   .carry/model-0, model-1  the demo model in two parts, for two calls of one lease: whole it is over 64 MiB
 #   .carry/cache   kernel caches that an earlier run's `save` left in CACHES (ficache.tgz, tritoncache.tgz)
 #   .carry/begin.sh  to be sourced there first: installs what came, sets PYTHONPATH, VLLM (flags of gpu.py) and `save`
 set -euo pipefail
@@ -24,6 +25,14 @@ for archive in ficache.tgz tritoncache.tgz; do
     if [ -n "$caches" ] && [ -f "$caches/$archive" ]; then cp -f "$caches/$archive" $out/cache/; fi
 done
 chmod -R u+w $out
+model=.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+if [ -f $model ] && [ ! -d $out/model-1 ]; then
+    mkdir -p $out/model-0 $out/model-1
+    gzip --stdout $model > $out/model.gz
+    head -c 33554432 $out/model.gz > $out/model-0/part
+    tail -c +33554433 $out/model.gz > $out/model-1/part
+    rm $out/model.gz
+fi
 cat > $out/begin.sh <<'BEGIN'
 export PYTHONUNBUFFERED=1 FLASHINFER_CUDA_ARCH_LIST=9.0a
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
@@ -41,6 +50,13 @@ fi
 if [ -d .carry/vllm ] && [ ! -d /tmp/vllm-site/vllm ]; then
     bash .carry/vllm/unpack.sh .carry/vllm /tmp/vllm-site
     cp .carry/vllm/bench_vllm.py /tmp/bench_vllm.py
+fi
+for part in 0 1; do
+    [ -f .carry/model-$part/part ] && cp .carry/model-$part/part /tmp/model-$part
+done
+if [ -f /tmp/model-0 ] && [ -f /tmp/model-1 ]; then
+    export STAGEMESH_DEMO_MODEL=/tmp/SmolLM2-135M-Instruct.Q4_1.gguf
+    [ -f $STAGEMESH_DEMO_MODEL ] || cat /tmp/model-0 /tmp/model-1 | gzip -d > $STAGEMESH_DEMO_MODEL
 fi
 export PYTHONPATH=/tmp/stagemesh-site PATH=/tmp/stagemesh-site/bin:$PATH
 cd /tmp/tree

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 import torch
 from mesh_processes import Service, start_stage, wait_for
 from running_mesh import RunningMesh
 
-from stagemesh.v1 import admin_pb2
+from stagemesh.v1 import admin_pb2, stage_pb2, stage_pb2_grpc
 
 REHEARSAL = os.environ.get("STAGEMESH_GPU_TESTS") == "cpu"
 START_TIMEOUT_S = 60.0 if REHEARSAL else 300.0
 """The first start on a machine compiles kernels."""
+HOST_LINK = "unix" if REHEARSAL else "grpc"
+"""What links stages of one host that NCCL does not."""
 NUM_GPUS = 2 if REHEARSAL else torch.cuda.device_count()
 
 
@@ -95,6 +99,51 @@ class GPUMesh(RunningMesh):
     def links(self) -> list[tuple[str, str]]:
         """Transport and reason, of each stage's outgoing link."""
         return [(stage.link_transport, stage.link_reason) for stage in self.lane.stages]
+
+    def close(self) -> None:
+        """End every process; what computed and what linked goes to the test's output before."""
+        try:
+            if hasattr(self, "admin"):
+                print(*self.told(), sep="\n")
+        except (grpc.RpcError, AssertionError, IndexError) as error:
+            print(f"{self.folder.name}: no status at its end: {error}")
+        finally:
+            super().close()
+
+    def told(self) -> list[str]:
+        """A line for each stage: its attention, steps with and without graphs, link and why it was chosen.
+
+        The router is ended and the stages opened anew: a worker tells its steps when its epoch ends.
+        """
+        lane = self.lane
+        self.router.kill()
+        epoch = max(int(time.time() * 1000), lane.epoch + 1)
+        for index, address in enumerate(self.addresses):
+            with grpc.insecure_channel(address) as channel:
+                request = stage_pb2.OpenLaneRequest(
+                    lane_id="end",
+                    epoch=epoch,
+                    stage_index=index,
+                    num_stages=len(self.tps),
+                    num_blocks=lane.num_blocks,
+                    max_slots=1,
+                    depth=2,
+                )
+                stage_pb2_grpc.StageServiceStub(channel).OpenLane(request, timeout=20)
+        lines = []
+        for index, stage in enumerate(lane.stages):
+            name = f"{self.folder.name}, stage {index} of {len(self.tps)}"
+            for rank in stage.description.ranks:
+                backends = dict(rank.backends)
+                steps = re.findall(
+                    rf"worker {rank.rank}: steps so far: (.*)", self.stages[index].log.read_text()
+                )
+                lines.append(
+                    f"{name}, rank {rank.rank} on {rank.device}: attention {backends.get('attention', 'of the CPU')}, "
+                    f"all-reduce {backends.get('all-reduce', 'of the CPU')}, graphs {backends.get('graphs', 'none')}, steps "
+                    f"{'; then '.join(steps) or 'not told'}, link {stage.link_transport} ({stage.link_reason})"
+                )
+        return lines
 
     def _start_stage(self, index: int, listen: str = "127.0.0.1:0") -> Service:
         flags = [*self._stage_flags]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from gpu_mesh import REHEARSAL, GPUMesh, MeshOf, settled_mib
+from gpu_mesh import HOST_LINK, REHEARSAL, GPUMesh, MeshOf, settled_mib
 from gpu_reference import VOCAB_SIZE, Comparison, Reference
 from mesh_calls import generate, make_request, read_answer
 from mesh_processes import is_alive, wait_for
@@ -43,7 +43,7 @@ def check_answer(mesh: GPUMesh, reference: Reference, prompt: list[int] = PROMPT
 
 
 def test_the_link_is_what_the_machine_offers(mesh: GPUMesh) -> None:
-    expected = "grpc" if REHEARSAL else "nccl"
+    expected = HOST_LINK if REHEARSAL else "nccl"
     assert [transport for transport, _ in mesh.links()] == [expected] * 2, mesh.links()
 
 

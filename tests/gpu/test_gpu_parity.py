@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_mesh import REHEARSAL, GPUMesh, MeshOf
+from gpu_mesh import HOST_LINK, REHEARSAL, GPUMesh, MeshOf
 from gpu_reference import VOCAB_SIZE, Comparison, Reference
 from mesh_calls import make_request, read_answer
 from running_mesh import CALL_TIMEOUT_S
@@ -99,14 +99,14 @@ def test_two_stages_on_one_gpu_fall_back(mesh_of: MeshOf, reference: Reference) 
     """NCCL links no two processes on one GPU: the grpc link takes over, and status says why."""
     mesh = mesh_of((1, 1), shared=True, share=0.2, stage_flags=() if REHEARSAL else ("--no-nccl-links",))
     transport, reason = mesh.links()[0]
-    assert transport == "grpc"
+    assert transport == HOST_LINK
     assert "nccl" in reason
     compare(mesh, reference, seed=6)
 
 
 def test_a_cpu_stage_before_a_gpu_stage(mesh_of: MeshOf, reference: Reference) -> None:
     mesh = mesh_of((1, 1), devices=("cpu", "cuda"))
-    assert mesh.links()[0][0] == "grpc"
+    assert mesh.links()[0][0] == HOST_LINK
     compare(mesh, reference, 4, seed=7)
 
 
