@@ -353,6 +353,22 @@ def test_a_burst_after_a_trickle_keeps_every_stage_busy_at_once() -> None:
     assert (lane.busy_s - busy).min() > 0.9
 
 
+def test_a_burst_of_prompts_that_cost_next_to_nothing_is_not_dealt_over_many_steps() -> None:
+    lane = VirtualLane(
+        lane_limits(2), [Costs(constant=8 * MS, position=0.0015 * MS)] * 2, hop_s=0.1 * MS, answer_s=0.3 * MS
+    )
+    for index in range(16):
+        lane.arrive(0.0, f"before{index}", 16, 50)
+    lane.run()
+    assert lane.scheduler.pace.costs.ready
+    began, start = len(lane.steps), lane.now
+    for index in range(64):
+        lane.arrive(start, f"r{index}", 16, 50)
+    lane.run()
+    admitted = [len(step.changes.admitted) for step in lane.steps[began:]]
+    assert admitted[:3] == [32, 32, 0]
+
+
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(4, 3), (8, 7), (4, 5)])
 def test_rows_that_do_not_divide_evenly_all_get_on_alike(num_stages: int, num_microbatches: int) -> None:
     limits = lane_limits(num_stages, max_microbatches=0, num_microbatches=num_microbatches)

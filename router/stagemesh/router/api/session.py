@@ -18,6 +18,9 @@ from stagemesh.wire.status import to_proto
 TURN_S = 0.002
 """Tokenizing a message full of long prompts gives way to others after this time of this thread's: short requests
 that came together go together, also where others have the core in between."""
+IDLE_TURN_S = 0.01
+"""The same while nobody's stream runs, when a turn holds up nothing but the first step: one with a part of a burst would
+keep the rest waiting until it comes back."""
 
 MAX_UNTOLD = 1_000
 """Requests with news, refusals among them, that may wait for a client that does not read, before nothing more is read
@@ -81,7 +84,7 @@ class Session:
 
     async def _read(self, requests: AsyncIterator[inference_pb2.SessionRequest]) -> None:
         async for request in requests:
-            turn_ends = time.thread_time() + TURN_S
+            turn_ends = time.thread_time() + (TURN_S if len(self._all) else IDLE_TURN_S)
             for start in request.start:
                 while len(self._refused) + len(self._changed) >= MAX_UNTOLD:
                     self._told.clear()

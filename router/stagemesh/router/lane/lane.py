@@ -305,22 +305,26 @@ class Lane:
             if self._event_log:
                 self._event_log.expire(now)
             self._tell(expired)
-        while self.scheduler and (step := self._next_step(self.scheduler)):
-            sent_ns = time.monotonic_ns()
-            traceparent = self._spans.step_sent(step) if self._spans else ""
-            message = encode(step, self.epoch, traceparent)
-            request = stage_pb2.ExecuteRequest(steps=[message]).SerializeToString()
-            for stage in self.stages:
-                stage.send(request)
-            self._sent_at[step.number] = sent_ns / 1e9
-            self.records.sent(step, sent_ns)
-            self.num_steps += 1
-            self.num_steps_ever += 1
-            for sequence in step.changes.admitted:
-                self.stats.admitted(sequence, sent_ns / 1e9)
-                self._events.on_admitted(sequence)
-            if self._step_log:
-                self._log_step(step, len(request))
+        if self.scheduler and (step := self._next_step(self.scheduler)):
+            self._send(step)
+            self._pump_soon()  # the next is formed when this one is on its way
+
+    def _send(self, step: Step) -> None:
+        sent_ns = time.monotonic_ns()
+        traceparent = self._spans.step_sent(step) if self._spans else ""
+        message = encode(step, self.epoch, traceparent)
+        request = stage_pb2.ExecuteRequest(steps=[message]).SerializeToString()
+        for stage in self.stages:
+            stage.send(request)
+        self._sent_at[step.number] = sent_ns / 1e9
+        self.records.sent(step, sent_ns)
+        self.num_steps += 1
+        self.num_steps_ever += 1
+        for sequence in step.changes.admitted:
+            self.stats.admitted(sequence, sent_ns / 1e9)
+            self._events.on_admitted(sequence)
+        if self._step_log:
+            self._log_step(step, len(request))
 
     def _next_step(self, scheduler: Scheduler) -> Step | None:
         now = time.monotonic()

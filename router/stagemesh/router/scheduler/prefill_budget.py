@@ -17,6 +17,9 @@ Float64 = npt.NDArray[np.float64]
 BACKLOG_STEPS = 12
 """Steps that the prefill at hand is dealt over. Few would end it sooner, and make steps of very unequal cost follow
 each other, which leaves gaps on every stage behind the first; steps that carry all they can hold are equal again."""
+EVEN = 0.1
+"""Of a step of decodes: steps that differ by less are as good as equal. What positions seem to cost where they cost next
+to nothing is noise, and no reason to make a burst of short prompts wait."""
 WINDOW_S = 10.0
 """Of the inter-token times that the target is held over."""
 CONTROL_S = 0.5
@@ -72,7 +75,7 @@ class PrefillBudget:
             lately_s: Seconds of prefill that steps had on average of late: as much costs no evenness.
         """
         slowest = float(decode_s.max())
-        allowed = slowest + max(backlog_s / BACKLOG_STEPS, lately_s)
+        allowed = slowest + max(EVEN * slowest, backlog_s / BACKLOG_STEPS, lately_s)
         if self.has_target:
             allowed = min(allowed, self._factor * max(self._target_s - ring_s, 0.0) / num_steps)
         return allowed
