@@ -18,6 +18,10 @@ class Facts:
     gpus: tuple[str, ...]
     """As nvidia-smi -L lists them, with their UUIDs: rows of one lease have the same."""
 
+    def told(self) -> dict[str, object]:
+        """Commit, time and GPUs, for a report's object."""
+        return {"commit": self.commit, "utc": utc_now(), "gpus": list(self.gpus)}
+
 
 def read_facts() -> Facts:
     """Asks git and nvidia-smi; a tree without git may have a COMMIT file instead."""

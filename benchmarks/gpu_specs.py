@@ -22,6 +22,7 @@ class RunSpec:
     """Pipeline stages; vLLM's PP."""
     tp: int = 1
     preset: str = SHAPE_8B
+    """A shape's name, or the path of a folder with one."""
     sizes: tuple[int, ...] = ()
     """Batches of the decode measurement."""
     requests: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ import os
 import statistics
 from pathlib import Path
 
+from gpu_facts import read_facts
 from gpu_traces import trace_decode
 from report import Report
 from trace_steps import gaps_us, quantile, read_spans, steps_of
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="read this trace instead of making one")
     parser.add_argument("--dry-run", action="store_true", help="tiny shape, CPU stage")
     options = parser.parse_args()
-    report = Report("launch_gaps", options.json)
+    report = Report("launch_gaps", options.json, facts=read_facts().told())
     try:
         traces = (
             {options.batch: options.trace}

@@ -37,6 +37,8 @@ class Report:
     benchmark: str
     as_json: bool
     rows: list[Row] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the object says, such as the commit."""
 
     def add(
         self,
@@ -77,20 +79,21 @@ class Report:
         """What is going on, on stderr."""
         print(text, file=sys.stderr, flush=True)
 
+    def text(self) -> str:
+        """The JSON object of the rows so far."""
+        found = {
+            "benchmark": self.benchmark,
+            "machine": machine(),
+            "command": shlex.join(["python", *sys.argv]),
+            **self.facts,
+            "results": [asdict(row) for row in self.rows],
+        }
+        return json.dumps(found, indent=1)
+
     def finish(self) -> None:
         """Print the JSON object if it was asked for."""
         if self.as_json:
-            print(
-                json.dumps(
-                    {
-                        "benchmark": self.benchmark,
-                        "machine": machine(),
-                        "command": shlex.join(["python", *sys.argv]),
-                        "results": [asdict(row) for row in self.rows],
-                    },
-                    indent=1,
-                )
-            )
+            print(self.text())
 
 
 def machine() -> str:

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_facts import read_facts
 from gpu_traces import PROMPT_TOKENS, SKIP, trace_decode
 from report import Report
 from trace_steps import read_spans, steps_of, times_by_kind
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny shape, CPU stage")
     options = parser.parse_args()
     batches = [int(text) for text in options.batches.split(",")]
-    report = Report("where_time_goes", options.json)
+    report = Report("where_time_goes", options.json, facts=read_facts().told())
     shape = "tiny" if options.dry_run else options.shape
     config = json.loads((HERE / "shapes" / shape / "config.json").read_text())
     try:

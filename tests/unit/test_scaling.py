@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+
+from stagemesh.stage.gpus import Gpu
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -29,10 +32,31 @@ def test_the_picture_has_every_layout(scaling: Any) -> None:
         scaling.Point(layout, 500 * (index + 1), 90.5 * (index + 1), 16)
         for index, layout in enumerate(scaling.LAYOUTS)
     ]
-    root = ElementTree.fromstring(scaling.picture(points, ("GPU 0: NVIDIA H200 (UUID: x)",)))
+    shape = scaling.shape_of("llama-3.1-70b", Path("unused"))
+    root = ElementTree.fromstring(scaling.picture(points, ("GPU 0: NVIDIA H200 (UUID: x)",), shape))
     texts = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
     for layout in scaling.LAYOUTS:
         assert texts.count(layout.name) == 2
     assert any("NVIDIA H200" in text for text in texts)
     widths = [float(element.get("width", 0)) for element in root.iter() if element.get("fill") == "#2f6f9f"]
     assert widths[3] == pytest.approx(4 * widths[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("gib", "whole"), [pytest.param(79.18, False, id="H100"), pytest.param(139.8, True, id="H200")]
+)
+def test_a_gpu_gets_as_many_layers_as_it_holds(
+    gib: float, whole: bool, scaling: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(0, "a GPU", int(gib * (1 << 30)))
+    monkeypatch.setattr("stagemesh.stage.plan.list_gpus", lambda: (gpu,))
+    shape = scaling.barely_fitting("llama-3.1-70b", tmp_path, share=0.975, step_tokens=2048)
+    blocks = scaling.blocks_of(shape, share=0.975, step_tokens=2048)
+    assert (shape.layers == 80) == whole
+    if whole:
+        return
+    assert blocks >= scaling.CUT_BLOCKS
+    assert f"cut to {shape.layers} of 80 layers" in shape.told
+    assert json.loads((shape.folder / "config.json").read_text())["num_hidden_layers"] == shape.layers
+    one_more = scaling.shape_of("llama-3.1-70b", tmp_path, layers=shape.layers + 1)
+    assert scaling.blocks_of(one_more, share=0.975, step_tokens=2048) < scaling.CUT_BLOCKS
