@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from batches_for_tests import batch
 
+from stagemesh.model.deal import RankDeal
 from stagemesh.router.lane.forming import choose_transport
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.stage.cuda.buckets import bucket_for, graph_buckets, section_buckets
 from stagemesh.stage.cuda.columns import Layout, fill, plan_rows
 from stagemesh.stage.cuda.environment import cuda_environment
+from stagemesh.stage.cuda.flashinfer_attention import SPLIT_TOKENS, FlashInferAttention
+from stagemesh.stage.cuda.scratch import MIN_MLP_ROWS, mlp_slices, plan_scratch
 from stagemesh.stage.cuda.waits import split_wait
+from stagemesh.stage.cuda.workspace import most_splits, workspace_bytes
 from stagemesh.stage.engine.interface import CompleteStep, NoLinks, StepOutput
 from stagemesh.stage.gpus import Gpu, pick_gpus
 from stagemesh.stage.worker.results import LaunchedStep, ResultThread
@@ -185,3 +191,83 @@ def test_a_transfer_does_not_pass_for_a_wait() -> None:
     assert wait_ns + receive_ns == 5_000_000
     assert receive_ns < 100_000
     assert split_wait(5_000, 0) == (0, 5_000)
+
+
+LLAMA_8B = RankDeal(
+    rank=0, size=1, kv_heads=range(8), heads=range(32), columns=range(14336), vocab=range(128256)
+)
+
+
+def test_what_is_needed_at_one_time_does_not_overlap_in_the_scratch_memory() -> None:
+    workspace = workspace_bytes(32, 8, 128)
+    scratch = plan_scratch(
+        LLAMA_8B, 128, step_tokens=8192, sampled_rows=512, itemsize=2, workspace_bytes=workspace
+    )
+    assert scratch.attended >= 8192 * (32 + 2 * 8) * 128 * 2
+    assert scratch.workspace >= scratch.attended + 8192 * 32 * 128 * 2
+    assert scratch.total >= scratch.workspace + workspace
+    assert scratch.total >= 512 * 128256 * 4
+    assert scratch.total >= scratch.mlp_rows * 2 * 14336 * 2
+    assert MIN_MLP_ROWS <= scratch.mlp_rows < 8192
+    small = plan_scratch(LLAMA_8B, 128, step_tokens=64, sampled_rows=0, itemsize=2, workspace_bytes=0)
+    assert small.mlp_rows == 64
+    assert small.total == 64 * 2 * 14336 * 2
+
+
+@pytest.mark.parametrize("count", [1, 4480, 4481, 8192, 8960, 8961, 20_000])
+def test_slices_of_the_mlp_are_even_and_leave_nobody_out(count: int) -> None:
+    slices = mlp_slices(count, 4480)
+    assert [part.start for part in slices] == [0, *(part.stop for part in slices[:-1])]
+    assert slices[-1].stop == count
+    sizes = [part.stop - part.start for part in slices]
+    assert max(sizes) <= 4480
+    assert len(slices) == -(-count // 4480)
+    assert max(sizes) - min(sizes) <= 128 * len(sizes)
+
+
+def test_the_workspace_holds_the_pieces_of_any_split() -> None:
+    """As FlashInfer counts them: in a graph a tile for each piece there may be, and one for each row but one."""
+    for heads, kv_heads in ((32, 8), (16, 4), (64, 8), (8, 1), (24, 8), (64, 1)):
+        splits = most_splits(kv_heads, 132)
+        group = heads // kv_heads
+        tile = 16 if group <= 16 else 64
+        tiles = max(splits, -(-splits * group // tile) + splits - 1)
+        needed = heads * max(tiles * tile, splits * 128) * (128 + 1) * 4
+        assert workspace_bytes(heads, kv_heads, 128) >= needed
+
+
+class PlanModule:
+    def plan(self, *args: Any) -> dict[str, Any]:
+        names = ("begins", "kv_begins", "lengths", "tokens", "rows")
+        found = dict(zip(names, args[3:], strict=False))
+        return {**found, "graph": args[11], "whole": args[17]}
+
+
+def flashinfer_attention() -> Any:
+    attention = FlashInferAttention.__new__(FlashInferAttention)
+    attention._module, attention._most_splits = PlanModule(), 33
+    attention._float_workspace = attention._decode_workspace = attention._prefill_workspace = None
+    attention.cache = SimpleNamespace(block_size=4)  # type: ignore[assignment]
+    attention.shape = SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=8)  # type: ignore[assignment]
+    return attention
+
+
+def test_contexts_are_split_in_graphs_of_few_rows_where_one_is_long() -> None:
+    attention = flashinfer_attention()
+    assert attention.variants(32) == (False, True)
+    assert attention.variants(48) == (False,)
+    short = plan_rows(batch([(5, 1, [8, 9]), (6, 1, [3, 4])], 4), 4)
+    long = plan_rows(batch([(5, 1, [8, 9]), (SPLIT_TOKENS, 1, list(range(SPLIT_TOKENS // 4 + 1)))], 4), 4)
+    assert not attention.variant(short, 2)
+    assert attention.variant(long, 2)
+    assert not attention.variant(long, 48)
+    slot: Any = SimpleNamespace(plans=(None, None))
+    attention.plan(short, slot, bucket=4, split=False)
+    plan = attention._decode_plan
+    # A padding row is work without keys: the graph's grid is one tile for each row.
+    assert (plan["begins"].tolist(), plan["kv_begins"].tolist()) == ([0, 1, 2, 3, 4], [0, 2, 4, 4, 4])
+    assert (plan["graph"], plan["whole"], plan["tokens"]) == (False, True, 4)
+    attention.plan(short, slot, bucket=4, split=True)
+    plan = attention._decode_plan
+    assert plan["begins"].tolist() == [0, 1, 2, 2, 2]
+    assert (plan["graph"], plan["whole"]) == (True, False)

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def cuda_engine(
     from stagemesh.stage.cuda.links import DeviceLinks, NcclLinks
     from stagemesh.stage.cuda.model import DeviceLlama
     from stagemesh.stage.cuda.reduce import Reducer
+    from stagemesh.stage.cuda.scratch import plan_scratch
     from stagemesh.stage.kernels.choose import num_parts
 
     config, deals, group = source.config, deal(source.config, 1), RankGroup()
@@ -83,14 +85,22 @@ def cuda_engine(
         max_blocks=-(-config.max_context // BLOCK),
     )
     attention, reducer = TritonAttention(cache, shape), Reducer(group)
+    scratch = plan_scratch(
+        deals[0],
+        config.head_dim,
+        step_tokens=TOKENS,
+        sampled_rows=2 if last else 0,
+        itemsize=4,
+        workspace_bytes=64,
+    )
     buffers = make_buffers(
         config,
         deals[0],
+        scratch,
         max_tokens=TOKENS,
         max_samples=2 if last else 0,
         num_parts=num_parts(config.vocab_size),
         dtype=torch.float32,
-        logits_dtype=torch.float32,
         device=device.torch_device,
     )
     stream = device.stream()
@@ -252,6 +262,25 @@ def script() -> list[stage_pb2.Step]:
         stage_pb2.Step(number=7, same_rows_as=6),
         stage_pb2.Step(number=8, same_rows_as=7),
     ]
+
+
+def test_an_mlp_in_slices_and_a_norm_in_place_change_nothing(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for the MLP of 8 positions at a time; the first steps have 20 and 8."""
+    from stagemesh.stage.cuda import scratch
+
+    monkeypatch.setattr(scratch, "MLP_STEP", 4)
+    planned = scratch.plan_scratch
+    monkeypatch.setattr(
+        scratch, "plan_scratch", lambda *args, **kwargs: replace(planned(*args, **kwargs), mlp_rows=8)
+    )
+    layers = range(source.config.num_layers)
+    reference = Stage(torch_engine(source, layers))
+    stage = Stage(cuda_engine(source, layers, HostDevice(), graphs=False))
+    assert stage.engine._parts.buffers.gate_up.shape[0] == 8
+    for step in script()[:4]:
+        assert stage.run(step).tokens.tolist() == reference.run(step).tokens.tolist(), step.number
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -48,7 +48,7 @@ def test_one_rank_counts_every_weight_and_block_once() -> None:
     )  # the last norm, beside layers and both ends
     assert memory.block == 2 * 32 * 16 * 8 * 128 * 2
     assert memory.links == 0
-    assert memory.logits == 512 * 128256 * NEEDS.logit_bytes
+    assert memory.sampling == 16 * 128256 * 64
     assert memory.fixed + memory.kv <= memory.budget == int(H200.total_bytes * 0.9)
     assert memory.fixed + memory.kv + memory.block > memory.budget
     # vLLM has 897,280 tokens there.
@@ -72,7 +72,7 @@ def test_links_and_logits_are_where_they_are_needed() -> None:
     stages = lane_memory(model, 3, 1, NEEDS, H200).stages
     one = 3 * 8192 * 4096 * 2
     assert [stage.ranks[0].links for stage in stages] == [one, 2 * one, one]
-    assert [stage.ranks[0].logits > 0 for stage in stages] == [False, False, True]
+    assert [stage.ranks[0].sampling > 0 for stage in stages] == [False, False, True]
 
 
 def test_the_limiting_stage_is_named() -> None:

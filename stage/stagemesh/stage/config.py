@@ -43,6 +43,10 @@ class StageConfig(BaseModel):
         default=512, ge=1, description="Rows of a decode step up to which a CUDA graph runs it."
     )
     cuda_graphs: bool = Field(default=True, description="Decode by CUDA graphs.")
+    pdl: bool = Field(
+        default=True,
+        description="Kernels start while those ahead of them end (programmatic dependent launch, from Hopper on).",
+    )
     symmetric_memory: bool = Field(
         default=True, description="Ranks sum small tensors through memory they share over NVLink."
     )

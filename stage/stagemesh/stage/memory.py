@@ -9,12 +9,19 @@ from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.shard_shapes import shard_parameters
 from stagemesh.model.split import split_layers
+from stagemesh.stage.cuda.scratch import plan_scratch
+from stagemesh.stage.cuda.workspace import workspace_bytes
 from stagemesh.wire.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30
 MAX_GPUS = 64
 """Layouts of more are not looked for."""
+MAX_SUMMED_ROWS = 2048
+"""Rows that ranks sum through memory they share (reduce.py)."""
+FILTERED_ROWS = 16
+FILTER_BYTES = 64
+"""Top-k and top-p sort so many rows of logits at once, and take so much for each logit of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +40,10 @@ class MemoryNeeds:
     block_size: int
     itemsize: int
     """Bytes of an element of weights, activations and KV."""
-    logit_bytes: int = 6
-    """For each logit: itself in float32, and what a sort of a part of them takes."""
     context_bytes: int = 640 * MIB
     """The CUDA context, loaded kernels, cuBLAS and NCCL."""
-    workspace_bytes: int = 512 * MIB
-    """Of attention and all-reduce."""
+    workspace_bytes: int = 64 * MIB
+    """Of cuBLAS, of all-reduce and of plans."""
     graph_bytes: int = 128 * MIB
     """Of the captured graphs."""
 
@@ -65,7 +70,9 @@ class RankMemory:
 
     weights: int
     activations: int
-    logits: int
+    """With attention's partial results and logits, which lie in the memory of other activations."""
+    sampling: int
+    """What top-k and top-p take besides logits."""
     links: int
     tables: int
     """Rotary table and block tables."""
@@ -82,7 +89,7 @@ class RankMemory:
         return (
             self.weights
             + self.activations
-            + self.logits
+            + self.sampling
             + self.links
             + self.tables
             + self.workspaces
@@ -106,7 +113,7 @@ class RankMemory:
             "weights",
             "kv",
             "activations",
-            "logits",
+            "sampling",
             "links",
             "tables",
             "workspaces",
@@ -125,17 +132,26 @@ def rank_memory(
     first, last = layers.start == 0, layers.stop == model.num_layers
     parameters = shard_parameters(model, layers, rank, has_embedding=first, has_head=last)
     hidden, head_dim = model.hidden_size, model.head_dim
-    queries, keys = len(rank.heads) * head_dim, len(rank.kv_heads) * head_dim
-    # Each buffer for itself: the caching allocator seldom gives one the place of another of a different size.
-    # Residual, norm and the outputs of attention and MLP; qkv and the heads' output; gate, up and their product.
-    widths = 4 * hidden + (2 * queries + 2 * keys) + 3 * len(rank.columns)
+    keys = len(rank.kv_heads) * head_dim
+    scratch = plan_scratch(
+        rank,
+        head_dim,
+        step_tokens=needs.step_tokens,
+        sampled_rows=needs.sampled_rows if last else 0,
+        itemsize=needs.itemsize,
+        workspace_bytes=workspace_bytes(len(rank.heads), len(rank.kv_heads), head_dim),
+    )
+    summed_rows = min(needs.step_tokens, MAX_SUMMED_ROWS) if rank.size > 1 else 0
+    # Residuals, products that ranks sum, and the sums of some of them.
+    rows = 2 * needs.step_tokens + summed_rows
+    sorted_logits = min(needs.sampled_rows, FILTERED_ROWS) * model.vocab_size
     hidden_bytes = needs.step_tokens * hidden * needs.itemsize
     num_links = (not first) + (not last)
     max_blocks = -(-needs.max_context // needs.block_size)
     return RankMemory(
         weights=parameters * needs.itemsize,
-        activations=needs.step_tokens * widths * needs.itemsize,
-        logits=needs.sampled_rows * len(rank.vocab) * needs.logit_bytes if last else 0,
+        activations=rows * hidden * needs.itemsize + scratch.total,
+        sampling=sorted_logits * FILTER_BYTES if last else 0,
         links=num_links * needs.depth * hidden_bytes,
         tables=needs.max_context * head_dim * 2 * 4 + needs.max_slots * max_blocks * 4,
         workspaces=needs.workspace_bytes,

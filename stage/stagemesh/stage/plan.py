@@ -10,7 +10,6 @@ from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import parse_layers, parse_stage, split_layers
 from stagemesh.stage.config import StageConfig
-from stagemesh.stage.cuda.workspace import workspace_bytes
 from stagemesh.stage.gpus import Gpu, list_gpus, pick_gpus
 from stagemesh.stage.memory import GPUMemory, MemoryNeeds, StageMemory, require_fit, stage_memory
 from stagemesh.wire.errors import ConfigError
@@ -19,8 +18,6 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element."""
 MAX_STAGES = 8
 """Stages of a lane that a stage told only its layers makes tables for."""
-OTHER_WORKSPACES = 64 << 20
-"""Of cuBLAS, of all-reduce and of plans, on a GPU."""
 LINK_DEPTH = 8
 """Steps that a GPU's link buffers are accounted for."""
 
@@ -138,11 +135,6 @@ def _fit(
         max_context=max_context,
         block_size=config.block_size,
         itemsize=ITEMSIZE[dtype],
-        workspace_bytes=OTHER_WORKSPACES
-        + max(
-            workspace_bytes(len(rank.heads), len(rank.kv_heads), model.head_dim, config.max_graph_rows)
-            for rank in deals
-        ),
     )
     memories = [GPUMemory(total_bytes=gpu.total_bytes, share=config.memory_share) for gpu in gpus]
     memory = stage_memory(model, layers, deals, needs, memories)

@@ -27,6 +27,7 @@ STAGE_OPTIONS = (
     "max_step_tokens",
     "max_graph_rows",
     "cuda_graphs",
+    "pdl",
     "symmetric_memory",
     "nccl_links",
     "max_slots",

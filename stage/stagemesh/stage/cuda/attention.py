@@ -48,9 +48,19 @@ class DeviceAttention(ABC):
         self.cache = cache
         self.shape = shape
 
+    def variants(self, bucket: int) -> tuple[bool, ...]:
+        """Of the decode graph of that size: whether contexts are split in it."""
+        return (False,)
+
+    def variant(self, rows: RowPlan, bucket: int) -> bool:
+        """The variant of the graph that is best for the rows."""
+        return False
+
     @abstractmethod
-    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
-        """Prepare what all layers of the step share; with a bucket, for the decode graph of that size."""
+    def plan(
+        self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None = None, split: bool = False
+    ) -> None:
+        """Prepare what all layers of the step share; with a bucket, for the variant of the decode graph of that size."""
 
     @abstractmethod
     def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor, columns: StepColumns) -> None:
@@ -71,7 +81,9 @@ class TritonAttention(DeviceAttention):
         self.name = f"triton {triton.__version__}"
         self._attend = attend
 
-    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
+    def plan(
+        self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None = None, split: bool = False
+    ) -> None:
         pass
 
     def attend(self, layer: int, qkv: torch.Tensor, out: torch.Tensor, columns: StepColumns) -> None:
@@ -90,9 +102,24 @@ class TritonAttention(DeviceAttention):
 
 
 def make_attention(
-    cache: DeviceCache, shape: HeadShape, *, max_rows: int, max_tokens: int
+    cache: DeviceCache,
+    shape: HeadShape,
+    workspace: torch.Tensor,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    pdl: bool = False,
 ) -> tuple[DeviceAttention, str]:
-    """The best backend there is, and why it is not a better one (empty: it is the best)."""
+    """The best backend there is, and why it is not a better one (empty: it is the best).
+
+    Args:
+        cache: Of the rank.
+        shape: Its heads.
+        workspace: uint8, at least workspace_bytes of the shape; nobody else's while a layer attends.
+        max_rows: Of a decode graph.
+        max_tokens: Of any step.
+        pdl: Launch kernels before the one ahead of them has ended.
+    """
     reason = ""
     if cache.pages.dtype not in (torch.bfloat16, torch.float16):
         reason = f"FlashInfer does not compute {str(cache.pages.dtype).removeprefix('torch.')}"
@@ -102,7 +129,10 @@ def make_attention(
         try:
             from stagemesh.stage.cuda.flashinfer_attention import FlashInferAttention
 
-            return FlashInferAttention(cache, shape, max_rows=max_rows, max_tokens=max_tokens), ""
+            attention = FlashInferAttention(
+                cache, shape, workspace, max_rows=max_rows, max_tokens=max_tokens, pdl=pdl
+            )
+            return attention, ""
         except ModuleNotFoundError as error:
             reason = f"{error.name} is not installed"
     log.warning("attention: Triton's fallback, slow in prefill: %s", reason)

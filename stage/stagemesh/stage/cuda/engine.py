@@ -156,7 +156,8 @@ class CudaEngine:
         self._column_size = largest.size
         # Shared blocks count once for each row: every row's table may be full.
         self._blocks = torch.zeros(parts.cache.tables.numel(), dtype=torch.int32, device=device)
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+        """By bucket, and whether attention splits contexts."""
         self._summed: dict[int, torch.Tensor] = {}
         self._section_sums: dict[int, torch.Tensor] = {}
         self._sections: dict[int, list[Graph]] = {}
@@ -230,14 +231,15 @@ class CudaEngine:
         bucket = self._bucket(batch, rows)
         section = bucket_for(self._section_sizes, batch.num_tokens) if self._sections else None
         layout = self._layouts[bucket] if bucket else self._layout_of(batch, section)
-        self._stage(slot, layout, batch, rows, inputs, bucket)
+        split = parts.attention.variant(rows, bucket) if bucket else False
+        self._stage(slot, layout, batch, rows, inputs, bucket, split)
         slot.awaited.record()
         self.links.await_ring(batch)
         self._receive(batch, inputs, slot)
         slot.begun.record()
         if bucket:
             self._num_steps["by a graph"] += 1
-            self._graphs[bucket].replay()
+            self._graphs[bucket, split].replay()
             summed = self._summed[bucket]
         else:
             self._num_steps["by graphs between attentions" if section else "without graphs"] += 1
@@ -268,7 +270,8 @@ class CudaEngine:
         batch: Batch,
         rows: RowPlan,
         inputs: StepInputs,
-        bucket: int | None,
+        bucket: int | None = None,
+        split: bool = False,
     ) -> None:
         """Everything the step needs from the host, copied ahead of its kernels."""
         parts = self._parts
@@ -283,7 +286,7 @@ class CudaEngine:
             scratch_slot=parts.cache.scratch_slot,
         )
         self._columns[: layout.size].copy_(slot.columns[: layout.size], non_blocking=True)
-        parts.attention.plan(rows, slot, bucket=bucket)
+        parts.attention.plan(rows, slot, bucket=bucket, split=split)
 
     def _receive(self, batch: Batch, inputs: StepInputs, slot: StagingSlot) -> None:
         """Activations from the stage before, over a link or from the host."""
@@ -380,7 +383,8 @@ class CudaEngine:
         only_k = bool((sampling.top_ks[chosen] > 0).all() and (sampling.top_ps[chosen] >= 1).all())
         at = column["filtered"][here].long()
         tokens = parts.filtered.choose(
-            buffers.logits[at - rows.start],
+            buffers.logits,
+            at - rows.start,
             column["temperatures"].view(torch.float32)[at],
             column["seeds"].view(torch.int64)[at],
             column["sampled_positions"][at].long(),
@@ -409,7 +413,7 @@ class CudaEngine:
                 slot.tokens[:samples].copy_(buffers.tokens[:samples], non_blocking=True)
             step = DeviceStep(slot, samples, None)
             if inputs.debug_logits and samples:
-                step.logits = self._parts.filtered.gather(buffers.logits[:samples])
+                step.logits = self._parts.filtered.gather(buffers.logits[:samples]).clone()
             slot.ended.record()
             self.links.send_ring(index, buffers.tokens[:samples])
         elif self.links.sends_hidden:
@@ -419,7 +423,7 @@ class CudaEngine:
             step = DeviceStep(slot, None, None)
             step.sent_bytes = self.links.send_hidden(index, out, slot.ended)
         else:
-            out = torch.add(buffers.residual[:count], summed[:count], out=buffers.normed[:count])
+            out = torch.add(buffers.residual[:count], summed[:count], out=buffers.partial[:count])
             pinned = self._staging.hidden_bytes(slot, out.nbytes)
             pinned.copy_(out.view(torch.uint8).flatten(), non_blocking=True)
             step = DeviceStep(slot, None, pinned)
@@ -459,13 +463,15 @@ class CudaEngine:
             steps += [([1, most], 0), ([most], longest - most), ([1, 1, most], longest - most)]
         steps.append(([1], 0))
         for counts, start in steps:
+            if sum(counts) > parts.max_tokens:
+                continue
             batch = padding_batch(counts, parts.cache.scratch_slot, start)
             _, slot = self._staging.take()
             layout = self._layout_of(batch)
-            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), None)
+            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch))
             summed = self._compute(layout, batch)
             count = batch.num_tokens
-            torch.add(parts.buffers.residual[:count], summed, out=parts.buffers.normed[:count])
+            torch.add(parts.buffers.residual[:count], summed, out=parts.buffers.partial[:count])
             parts.device.synchronize()
             slot.in_use = False
         self._columns.zero_()
@@ -489,30 +495,38 @@ class CudaEngine:
 
     @torch.inference_mode()
     def _capture(self, progress: Callable[[int, int], None] | None) -> None:
-        device = self._parts.device
-        total = len(self._buckets) + len(self._section_sizes)
-        for done, size in enumerate(reversed(self._buckets)):
-            layout = self._layouts[size]
-            _, slot = self._staging.take()
-            batch = padding_batch([1], self._parts.cache.scratch_slot)
-            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch), size)
-            summed = self._compute(layout, None)  # once without a graph: kernels load
-            device.synchronize()
-
-            def work(layout: Layout = layout, size: int = size) -> None:
-                self._summed[size] = self._compute(layout, None)
-
-            self._graphs[size] = device.capture(work)
-            del summed
-            self._graphs[size].replay()
-            device.synchronize()
-            slot.in_use = False
+        variants = [
+            (size, split)
+            for size in reversed(self._buckets)
+            for split in self._parts.attention.variants(size)
+        ]
+        total = len(variants) + len(self._section_sizes)
+        for done, (size, split) in enumerate(variants):
+            self._capture_decode(size, split)
             if progress is not None:
                 progress(done + 1, total)
-        for done, size in enumerate(reversed(self._section_sizes), len(self._buckets)):
+        for done, size in enumerate(reversed(self._section_sizes), len(variants)):
             self._capture_sections(size)
             if progress is not None:
                 progress(done + 1, total)
+
+    def _capture_decode(self, size: int, split: bool) -> None:
+        """The graph of decode steps of up to so many rows."""
+        device, layout = self._parts.device, self._layouts[size]
+        _, slot = self._staging.take()
+        batch = padding_batch([1], self._parts.cache.scratch_slot)
+        rows = plan_rows(batch, self._block_size)
+        self._stage(slot, layout, batch, rows, self._no_inputs(batch), size, split)
+        self._compute(layout, None)  # once without a graph: kernels load
+        device.synchronize()
+
+        def work() -> None:
+            self._summed[size] = self._compute(layout, None)
+
+        self._graphs[size, split] = device.capture(work)
+        self._graphs[size, split].replay()
+        device.synchronize()
+        slot.in_use = False
 
     def _capture_sections(self, size: int) -> None:
         """The graphs between attentions for steps of so many positions, which lie where such a step's do."""

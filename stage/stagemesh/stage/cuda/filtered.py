@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from stagemesh.stage.group import RankGroup
+from stagemesh.stage.memory import FILTERED_ROWS
 from stagemesh.stage.sampling.noise import gumbel
 from stagemesh.stage.sampling.sampler import kept
 
-ROWS_AT_ONCE = 32
-"""Whole vocabularies are sorted: so many rows of them bound the memory."""
 MAX_CANDIDATES = 256
 """Up to this top-k, ranks exchange candidates and not logits."""
 
@@ -35,6 +34,7 @@ class FilteredChoice:
     def choose(
         self,
         logits: torch.Tensor,
+        rows: torch.Tensor,
         temperatures: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
@@ -46,7 +46,8 @@ class FilteredChoice:
         """Token ids, int64 [F].
 
         Args:
-            logits: This rank's part, [F, vocab part].
+            logits: This rank's part, [S, vocab part].
+            rows: int64 [F], rows of it.
             temperatures: float32 [F], above 0.
             seeds: int64 [F].
             positions: int64 [F].
@@ -54,16 +55,14 @@ class FilteredChoice:
             top_ps: float32 [F]; 1 is off.
             largest_k: Above 0: every row has a top-k up to this and no top-p.
         """
-        if 0 < largest_k <= MAX_CANDIDATES:
-            return self._among_candidates(logits, temperatures, seeds, positions, top_ks, largest_k)
-        parts = [
-            self._among_all(
-                logits[rows], temperatures[rows], seeds[rows], positions[rows], top_ks[rows], top_ps[rows]
-            )
-            for rows in (
-                slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, logits.shape[0], ROWS_AT_ONCE)
-            )
-        ]
+        parts = []
+        for begin in range(0, rows.shape[0], FILTERED_ROWS):
+            at = slice(begin, begin + FILTERED_ROWS)
+            some = (logits[rows[at]], temperatures[at], seeds[at], positions[at], top_ks[at])
+            if 0 < largest_k <= MAX_CANDIDATES:
+                parts.append(self._among_candidates(*some, largest_k))
+            else:
+                parts.append(self._among_all(*some, top_ps[at]))
         return torch.cat(parts)
 
     def _among_all(

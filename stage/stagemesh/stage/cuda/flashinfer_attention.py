@@ -4,8 +4,8 @@ Its kernels are called without the wrappers of the flashinfer package: those cop
 and back, and have one pinned buffer where steps are planned ahead of the device. A plan is host arithmetic and
 one copy of a few KiB from the step's own staging slot.
 
-In a decode graph the plan has a fixed shape: rows that a step does not fill have no queries there, so padding
-costs no attention.
+In a decode graph the plan has a fixed shape. Where contexts are split, rows that a step does not fill have no queries
+there; where they are not, each row is one piece of work, that of a padding row without keys.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from stagemesh.stage.cuda.attention import DeviceAttention, HeadShape, StepColum
 from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.columns import RowPlan
 from stagemesh.stage.cuda.staging import StagingSlot
-from stagemesh.stage.cuda.workspace import workspace_bytes
+from stagemesh.stage.cuda.workspace import most_splits
 
 PLAN_BYTES = 1 << 20
 """Of a plan: a few numbers for each tile of queries."""
+SPLIT_TOKENS = 512
+"""A decode graph that may split contexts does so from a context of this length: pieces of at least 128 tokens and their
+merge, which is a kernel of its own, must take less time than the whole."""
 NON_CAUSAL, CAUSAL = 0, 1
 NHD = 0
 
@@ -34,13 +37,24 @@ class FlashInferAttention(DeviceAttention):
     Args:
         cache: Of the rank.
         shape: Its heads.
+        workspace: For partial results.
         max_rows: Of a decode step.
         max_tokens: Of any step.
+        pdl: Launch kernels before the one ahead of them has ended.
     """
 
     needs_blocks = True
 
-    def __init__(self, cache: DeviceCache, shape: HeadShape, *, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: DeviceCache,
+        shape: HeadShape,
+        workspace: torch.Tensor,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        pdl: bool,
+    ) -> None:
         super().__init__(cache, shape)
         from flashinfer.jit.attention import gen_batch_prefill_module
 
@@ -50,11 +64,11 @@ class FlashInferAttention(DeviceAttention):
         ).build_and_load()
         self.name = f"flashinfer {_version()} fa2"
         self._scale = shape.head_dim**-0.5
-        self._float_workspace = torch.empty(
-            workspace_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim, max_rows),
-            dtype=torch.uint8,
-            device=device,
+        self._pdl = pdl
+        self._most_splits = most_splits(
+            shape.num_kv_heads, torch.cuda.get_device_properties(device).multi_processor_count
         )
+        self._float_workspace = workspace
         self._decode_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         self._prefill_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         # Rows and their begins are the same in every decode.
@@ -64,11 +78,20 @@ class FlashInferAttention(DeviceAttention):
         self._num_decodes = 0
         self._num_rows = 0
 
-    def plan(self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None) -> None:
+    def variants(self, bucket: int) -> tuple[bool, ...]:
+        return (False, True) if bucket <= self._most_splits else (False,)
+
+    def variant(self, rows: RowPlan, bucket: int) -> bool:
+        longest = int(np.diff(rows.kv_begins).max()) * self.cache.block_size
+        return bucket <= self._most_splits and longest > SPLIT_TOKENS
+
+    def plan(
+        self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None = None, split: bool = False
+    ) -> None:
         self._num_decodes, self._num_rows = rows.num_decodes, rows.num_rows
         self._decode_plan = self._prefill_plan = None
         if bucket is not None:
-            self._decode_plan = self._plan_graph(rows, slot, bucket)
+            self._decode_plan = self._plan_graph(rows, slot, bucket, split)
             self._num_decodes = self._num_rows = bucket
             return
         count = rows.num_decodes
@@ -119,11 +142,16 @@ class FlashInferAttention(DeviceAttention):
                 CAUSAL,
             )
 
-    def _plan_graph(self, rows: RowPlan, slot: StagingSlot, bucket: int) -> Any:
-        begins = np.minimum(np.arange(bucket + 1, dtype=np.int32), rows.num_rows)
+    def _plan_graph(self, rows: RowPlan, slot: StagingSlot, bucket: int, split: bool) -> Any:
+        begins = np.arange(bucket + 1, dtype=np.int32)
+        if split:
+            begins = np.minimum(begins, rows.num_rows)
         kv_begins = np.full(bucket + 1, rows.kv_begins[-1], np.int32)
         kv_begins[: len(rows.kv_begins)] = rows.kv_begins
-        return self._plan(self._decode_workspace, slot.plans[0], begins, kv_begins, bucket, True)
+        # FlashInfer's own graph mode always splits, and merges what may be one piece.
+        return self._plan(
+            self._decode_workspace, slot.plans[0], begins, kv_begins, bucket, split, whole=not split
+        )
 
     def _plan(
         self,
@@ -133,6 +161,8 @@ class FlashInferAttention(DeviceAttention):
         kv_begins: np.ndarray,
         num_tokens: int,
         graph: bool,
+        *,
+        whole: bool = False,
     ) -> Any:
         shape = self.shape
         begins_host, kv_host = torch.from_numpy(begins), torch.from_numpy(np.ascontiguousarray(kv_begins))
@@ -154,7 +184,7 @@ class FlashInferAttention(DeviceAttention):
             False,
             -1,  # no window
             -1,  # splits of its own choice
-            False,
+            whole,
             0,
         )
 
@@ -187,7 +217,7 @@ class FlashInferAttention(DeviceAttention):
             mask,
             NHD,
             -1,
-            False,
+            self._pdl,
             None,
             None,
             None,

@@ -1,6 +1,7 @@
 """The Llama architecture on the device: one stage's layers, one rank's shard, over preallocated buffers.
 
-The modules of models/ compute the same on the CPU and allocate as they go; here every product has its place.
+The modules of models/ compute the same on the CPU and allocate as they go; here every product has its place, which
+it shares with what is done with by then (buffers.py).
 A sum over the ranks follows the attention output and the MLP's; the residual it is added to is added in the
 norm that reads it.
 """
@@ -16,6 +17,7 @@ from stagemesh.model.deal import RankDeal
 from stagemesh.stage.cuda.attention import DeviceAttention, StepColumns
 from stagemesh.stage.cuda.buffers import StepBuffers
 from stagemesh.stage.cuda.reduce import Reducer
+from stagemesh.stage.cuda.scratch import mlp_slices
 from stagemesh.stage.kernels.activation import silu_mul
 from stagemesh.stage.kernels.embedding import embed
 from stagemesh.stage.kernels.norm import add_rms_norm, gather_add_rms_norm, rms_norm
@@ -68,6 +70,7 @@ class DeviceLlama:
         reducer: Sums over the ranks.
         buffers: Of the rank.
         max_context: Positions of a sequence at most.
+        pdl: Launch kernels before the one ahead of them has ended.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class DeviceLlama:
         buffers: StepBuffers,
         *,
         max_context: int,
+        pdl: bool = False,
     ) -> None:
+        self._pdl = pdl
         self._eps = config.rms_norm_eps
         self._heads, self._kv_heads = len(deal.heads), len(deal.kv_heads)
         self._vocab = deal.vocab
@@ -144,11 +149,11 @@ class DeviceLlama:
         positions: torch.Tensor,
     ) -> None:
         layer, cache = self._layers[index], self._attention.cache
-        residual, normed = self._buffers.residual[:num_tokens], self._buffers.normed[:num_tokens]
+        residual, normed = self._buffers.residual[:num_tokens], self._buffers.partial[:num_tokens]
         if summed is None:
-            rms_norm(residual, layer.attn_norm, self._eps, normed)
+            rms_norm(residual, layer.attn_norm, self._eps, normed, pdl=self._pdl)
         else:
-            add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed)
+            add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed, pdl=self._pdl)
         qkv = self._buffers.qkv[:num_tokens]
         torch.mm(normed, layer.qkv, out=qkv)
         rope_append(
@@ -160,19 +165,19 @@ class DeviceLlama:
             cache.cells[index, 1],
             num_heads=self._heads,
             num_kv_heads=self._kv_heads,
+            pdl=self._pdl,
         )
 
     def _finish(self, layer: LayerWeights, num_tokens: int) -> torch.Tensor:
         buffers = self._buffers
-        residual, normed = buffers.residual[:num_tokens], buffers.normed[:num_tokens]
-        gate_up, activated = buffers.gate_up[:num_tokens], buffers.activated[:num_tokens]
-        partial = buffers.partial[:num_tokens]
+        residual, partial = buffers.residual[:num_tokens], buffers.partial[:num_tokens]
         torch.mm(buffers.attended[:num_tokens], layer.o, out=partial)
         summed = self._reducer.sum(partial)
-        add_rms_norm(summed, residual, layer.mlp_norm, self._eps, normed)
-        torch.mm(normed, layer.gate_up, out=gate_up)
-        silu_mul(gate_up, activated)
-        torch.mm(activated, layer.down, out=partial)
+        add_rms_norm(summed, residual, layer.mlp_norm, self._eps, partial, pdl=self._pdl)
+        for rows in mlp_slices(num_tokens, buffers.gate_up.shape[0]):
+            gate_up = buffers.gate_up[: rows.stop - rows.start]
+            torch.mm(partial[rows], layer.gate_up, out=gate_up)
+            torch.mm(silu_mul(gate_up, pdl=self._pdl), layer.down, out=partial[rows])
         return self._reducer.sum(partial)
 
     def logits(self, summed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -183,7 +188,7 @@ class DeviceLlama:
         buffers = self._buffers
         sampled, logits = buffers.sampled[:count], buffers.logits[:count]
         residual = buffers.residual[: summed.shape[0]]
-        gather_add_rms_norm(summed, residual, rows, self._norm, self._eps, sampled)
+        gather_add_rms_norm(summed, residual, rows, self._norm, self._eps, sampled, pdl=self._pdl)
         if logits.dtype == sampled.dtype:
             torch.mm(sampled, self._head, out=logits)
         else:

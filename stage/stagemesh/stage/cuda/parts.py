@@ -21,9 +21,12 @@ from stagemesh.stage.cuda.filtered import FilteredChoice
 from stagemesh.stage.cuda.links import DeviceLinks, NcclLinks
 from stagemesh.stage.cuda.model import DeviceLlama
 from stagemesh.stage.cuda.reduce import Reducer, SharedReducer, time_on_device
+from stagemesh.stage.cuda.scratch import plan_scratch
+from stagemesh.stage.cuda.workspace import workspace_bytes
 from stagemesh.stage.engine.torch_engine import DTYPES
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.kernels.choose import num_parts
+from stagemesh.stage.kernels.pdl import has_pdl
 from stagemesh.stage.plan import StagePlan
 from stagemesh.stage.weights import load_shard
 
@@ -78,18 +81,30 @@ def make_cuda_engine(
         max_slots=plan.max_slots,
         max_blocks=-(-plan.max_context // config.block_size),
     )
-    attention, reason = make_attention(cache, shape, max_rows=max_rows, max_tokens=config.max_step_tokens)
     reducer = _reducer(group, config, model.hidden_size, dtype, where)
+    samples = max(max_rows, 1) if last else 0
+    scratch = plan_scratch(
+        deal,
+        model.head_dim,
+        step_tokens=config.max_step_tokens,
+        sampled_rows=samples,
+        itemsize=dtype.itemsize,
+        workspace_bytes=workspace_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+    )
     buffers = make_buffers(
         model,
         deal,
+        scratch,
         max_tokens=config.max_step_tokens,
-        max_samples=max(max_rows, 1) if last else 0,
+        max_samples=samples,
         num_parts=num_parts(len(deal.vocab)),
         dtype=dtype,
-        logits_dtype=torch.float32,
         device=where,
         partial=reducer.partial if isinstance(reducer, SharedReducer) else None,
+    )
+    pdl = config.pdl and has_pdl(where)
+    attention, reason = make_attention(
+        cache, shape, buffers.workspace, max_rows=max_rows, max_tokens=config.max_step_tokens, pdl=pdl
     )
     links, transports = _links(config, group, device, stream, model.hidden_size, dtype, cache)
     made = time.perf_counter()
@@ -106,7 +121,15 @@ def make_cuda_engine(
             reducer=reducer,
             buffers=buffers,
             model=DeviceLlama(
-                model, plan.layers, deal, weights, attention, reducer, buffers, max_context=plan.max_context
+                model,
+                plan.layers,
+                deal,
+                weights,
+                attention,
+                reducer,
+                buffers,
+                max_context=plan.max_context,
+                pdl=pdl,
             ),
             filtered=FilteredChoice(group, [other.vocab for other in plan.deals]),
             links=links,
@@ -120,6 +143,7 @@ def make_cuda_engine(
                 "gpu": torch.cuda.get_device_name(where),
                 "gpu-id": str(torch.cuda.get_device_properties(where).uuid),
                 "links": transports,
+                "pdl": "on" if pdl else "off",
                 **({"attention-reason": reason} if reason else {}),
             },
         ),

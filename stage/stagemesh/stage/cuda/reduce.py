@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from stagemesh.stage.group import RankGroup
+from stagemesh.stage.memory import MAX_SUMMED_ROWS
 
 log = logging.getLogger(__name__)
 
 KINDS = ("one_shot", "two_shot", "nccl")
 MEASURED_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
-MAX_SHARED_ROWS = 2048
 REPEATS = 20
 
 
@@ -71,7 +71,7 @@ class SharedReducer(Reducer):
         self._name = dist.group.WORLD.group_name
         self.partial = symmetric.empty(max_tokens, hidden, dtype=dtype, device=device).zero_()
         symmetric.rendezvous(self.partial, self._name)
-        self._out = torch.zeros(min(max_tokens, MAX_SHARED_ROWS), hidden, dtype=dtype, device=device)
+        self._out = torch.zeros(min(max_tokens, MAX_SUMMED_ROWS), hidden, dtype=dtype, device=device)
         self._crossovers: list[tuple[int, str]] = []
         """(rows, kind): the kind up to so many rows, ascending; NCCL beyond."""
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 DECODE_TILE = 16
 PREFILL_TILE = 128
-MAX_SPLIT_CTAS = 2 * 160
-"""Two for each multiprocessor, of a device larger than those there are."""
+CTAS_PER_SM = 2
+MAX_SMS = 160
+"""Of a device larger than those there are."""
 
 
-def workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int, max_rows: int) -> int:
-    """Bytes of partial results where contexts are split: decode graphs of max_rows rows, or any prefill."""
+def most_splits(num_kv_heads: int, num_sms: int) -> int:
+    """Pieces that contexts are cut into at most, those of all rows together."""
+    return CTAS_PER_SM * num_sms // num_kv_heads
+
+
+def workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes of partial results where contexts are split, whatever the step.
+
+    Decode graphs of more rows than there may be pieces have none.
+    """
     group = num_heads // num_kv_heads
-    splits = MAX_SPLIT_CTAS // num_kv_heads + 1
-    tiles = max(-(-max_rows * group // DECODE_TILE) + max_rows, splits)
+    splits = most_splits(num_kv_heads, MAX_SMS) + 1
+    tiles = -(-splits * group // DECODE_TILE) + splits
     most = max(tiles * DECODE_TILE, splits * PREFILL_TILE)
     return num_heads * most * (head_dim + 1) * 4 + (1 << 16)

@@ -6,23 +6,32 @@ import torch
 import triton
 import triton.language as tl
 
+from stagemesh.stage.kernels.pdl import pdl_options
+
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + columns, mask=inside, other=0.0)
+    at = gate_up + row * 2 * width + columns
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=inside, other=0.0)
     # Rounded where a model computed operation by operation rounds.
     silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
     product = silu.to(tl.float32) * up.to(tl.float32)
-    tl.store(out + row * width + columns, product.to(out.dtype.element_ty), mask=inside)
+    tl.store(at, product.to(gate_up.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out [T, width] from gate_up [T, 2 * width], the gate first."""
-    tokens, width = out.shape
-    _silu_mul[(tokens, triton.cdiv(width, BLOCK))](gate_up, out, width, BLOCK=BLOCK, num_warps=4)
+def silu_mul(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+    """[T, width] in the place of the gates: gate_up is [T, 2 * width], contiguous, the gate first."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    _silu_mul[(tokens, triton.cdiv(width, BLOCK))](
+        gate_up, width, BLOCK=BLOCK, num_warps=4, **pdl_options(pdl)
+    )
+    return gate_up[:, :width]

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from stagemesh.stage.kernels.pdl import pdl_options
+
 
 @triton.jit
 def _norm(
@@ -19,6 +21,7 @@ def _norm(
     ADD: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     source = row
@@ -27,6 +30,10 @@ def _norm(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     at = source * width + columns
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(residual + at, mask=inside, other=0.0)
     if ADD:
         x = (x.to(tl.float32) + tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
@@ -34,20 +41,31 @@ def _norm(
             tl.store(residual + at, x, mask=inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    scaled = wide * scale * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = wide * scale * gain
     tl.store(out + row * width + columns, scaled.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+def rms_norm(
+    residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, pdl: bool = False
+) -> None:
     """out = norm(residual), all [T, width]."""
-    _launch(None, residual, weight, eps, out, None)
+    _launch(None, residual, weight, eps, out, None, pdl)
 
 
 def add_rms_norm(
-    partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    partial: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """residual += partial; out = norm(residual), all [T, width]. The sum is rounded to the residual's type."""
-    _launch(partial, residual, weight, eps, out, None)
+    """residual += partial; out = norm(residual), all [T, width]; out may be partial.
+
+    The sum is rounded to the residual's type.
+    """
+    _launch(partial, residual, weight, eps, out, None, pdl)
 
 
 def gather_add_rms_norm(
@@ -57,9 +75,11 @@ def gather_add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
+    *,
+    pdl: bool = False,
 ) -> None:
     """out[i] = norm(residual[rows[i]] + partial[rows[i]]) for int32 rows [S]; out [S, width]."""
-    _launch(partial, residual, weight, eps, out, rows)
+    _launch(partial, residual, weight, eps, out, rows, pdl)
 
 
 def _launch(
@@ -69,6 +89,7 @@ def _launch(
     eps: float,
     out: torch.Tensor,
     rows: torch.Tensor | None,
+    pdl: bool,
 ) -> None:
     width = residual.shape[1]
     block = triton.next_power_of_2(width)
@@ -84,4 +105,5 @@ def _launch(
         GATHER=rows is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **pdl_options(pdl),
     )

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from stagemesh.stage.kernels.pdl import pdl_options
+
 HEADS_AT_ONCE = 8
 
 
@@ -23,6 +25,7 @@ def _rope_append(
     half,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -33,6 +36,11 @@ def _rope_append(
     inside = (heads < num_heads + num_kv_heads)[:, None] & (pairs < half)[None, :]
     row = qkv + token * (num_heads + 2 * num_kv_heads) * head_dim
     at = row + heads[:, None] * head_dim + pairs[None, :]
+    # What the host sent was there before the product that this follows.
+    cell = tl.load(cells + token).to(tl.int64) * num_kv_heads * head_dim
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
     kind = qkv.dtype.element_ty
@@ -42,7 +50,6 @@ def _rope_append(
     tl.store(at, turned_left, mask=is_query)
     tl.store(at + half, turned_right, mask=is_query)
     is_key = inside & (heads >= num_heads)[:, None]
-    cell = tl.load(cells + token).to(tl.int64) * num_kv_heads * head_dim
     into = cell + (heads - num_heads)[:, None] * head_dim + pairs[None, :]
     tl.store(keys + into, turned_left, mask=is_key)
     tl.store(keys + into + half, turned_right, mask=is_key)
@@ -61,6 +68,7 @@ def rope_append(
     *,
     num_heads: int,
     num_kv_heads: int,
+    pdl: bool = False,
 ) -> None:
     """Rotate the queries of qkv in place; write rotated keys, and values, to the cells of their positions.
 
@@ -73,6 +81,7 @@ def rope_append(
         values: The same.
         num_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
+        pdl: Start before the kernel ahead has ended, which must be one that itself waited for all before it.
     """
     head_dim = table.shape[1]
     half = head_dim // 2
@@ -91,4 +100,5 @@ def rope_append(
         BLOCK_HEADS=HEADS_AT_ONCE,
         BLOCK_HALF=triton.next_power_of_2(half),
         num_warps=2,
+        **pdl_options(pdl),
     )
