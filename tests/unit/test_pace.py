@@ -115,8 +115,9 @@ def test_more_steps_than_stages_where_hops_are_long() -> None:
 
 
 def test_a_small_gain_changes_nothing() -> None:
-    step_s = np.array([[10 * MS], [5.1 * MS]])
-    assert choose_num_steps(step_s, np.ones(2), 1, Hops(ring=0.1 * MS), 1) == 1
+    for second_ms, chosen in ((4.95, 1), (4.5, 2)):
+        step_s = np.array([[10 * MS], [second_ms * MS]])
+        assert choose_num_steps(step_s, np.ones(2), 1, Hops(ring=0.1 * MS), 1) == chosen
 
 
 def members(*, cores: int, threads: int, device: str = "cpu", count: int = 3) -> list[Member]:
@@ -274,6 +275,23 @@ def test_steps_cost_the_same_and_do_not_hold_the_same_count() -> None:
     assert max(counts) > min(counts)
 
 
+def test_one_with_much_context_goes_with_few_others() -> None:
+    """It reads as many cells as the rest together: dealt by count, one step would cost twice the other."""
+    costs = Costs(constant=0.2 * MS, row=0.01 * MS, cell=0.5e-6)
+    lane = VirtualLane(lane_limits(2, max_microbatches=0), [costs] * 2, hop_s=0.1 * MS)
+    lane.arrive(0.0, "much", 6000, 2000)
+    for index in range(20):
+        lane.arrive(0.0, f"r{index}", 200, 2000)
+    lane.run(6.0)
+    alone = [
+        len(step.slots)
+        for step in lane.steps[-40:]
+        if any(one.request.request_id == "much" for one in step.sequences)
+    ]
+    assert alone
+    assert max(alone) < 8
+
+
 def mixed_lane(costs: Costs, **fields: object) -> VirtualLane:
     """64 streams decode when prompts of 4,000 tokens come, four a second."""
     lane = VirtualLane(lane_limits(4, **fields), [costs] * 4, hop_s=0.2 * MS, answer_s=0.4 * MS)  # type: ignore[arg-type]
@@ -327,6 +345,39 @@ def test_an_inter_token_target_is_held_by_holding_back_prefill(target_ms: float)
     assert held.scheduler.pace.state().itl_p95_s == pytest.approx(
         np.percentile(held.intervals(since=5.0), 95), rel=0.03
     )
+
+
+def test_what_is_not_predicted_counts_against_the_target_all_the_same() -> None:
+    """Without lookahead every token waits for the router too, which no hop of the ring shows."""
+    costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS)
+    limits = lane_limits(4, lookahead=0, itl_target_s=34 * MS)
+    lane = VirtualLane(limits, [costs] * 4, hop_s=0.2 * MS, control_s=4 * MS, answer_s=8 * MS)
+    for index in range(64):
+        lane.arrive(0.0, f"r{index}", 100, 4000)
+    for index in range(40):
+        lane.arrive(5.0 + index / 4, f"long{index}", 4000, 20)
+    lane.run(15.0)
+    assert np.percentile(lane.intervals(since=6.5), 95) <= 34 * MS
+
+
+def test_a_target_that_leaves_room_costs_prompts_little() -> None:
+    """It could be held with half of what prefill there is in a step: nobody should wait for seconds."""
+    costs = Costs(constant=4 * MS, row=0.02 * MS, position=0.01 * MS)
+    first_token_s = {}
+    for target_ms in (0.0, 22.0):
+        limits = lane_limits(4, itl_target_s=target_ms * MS)
+        lane = VirtualLane(limits, [costs] * 4, hop_s=0.3 * MS, control_s=0.3 * MS, answer_s=0.4 * MS)
+        for index in range(48):
+            lane.arrive(0.0, f"r{index}", 64, 1800)
+        came = {f"prompt{index}": 4.0 + index * 0.2 for index in range(90)}
+        for index, (name, when) in enumerate(came.items()):
+            lane.arrive(when, name, 500 + index * 377 % 1500, 20)
+        lane.run(30.0)
+        first_token_s[target_ms] = np.median(
+            [lane.token_times[name][0] - when for name, when in came.items()]
+        )
+    assert np.percentile(lane.intervals(since=6.0), 95) <= 22 * MS
+    assert first_token_s[22.0] < 5 * first_token_s[0.0]
 
 
 def test_a_target_that_cannot_be_held_does_not_starve_prefill() -> None:

@@ -41,6 +41,9 @@ class PrefillBudget:
         self._factor = 0.8  # until measured: what is predicted leaves out what is not known yet
         self._recent: deque[tuple[float, Float64]] = deque()
         self._corrected_at = 0.0
+        self._held_back = self._at_floor = False
+        """Whether a step since then got less prefill than it would have without the target; and whether one got none but
+        what is prefill's in any case."""
 
     @property
     def has_target(self) -> bool:
@@ -77,13 +80,17 @@ class PrefillBudget:
         slowest = float(decode_s.max())
         allowed = slowest + max(EVEN * slowest, backlog_s / BACKLOG_STEPS, lately_s)
         if self.has_target:
-            allowed = min(allowed, self._factor * max(self._target_s - ring_s, 0.0) / num_steps)
+            bound = self._factor * max(self._target_s - ring_s, 0.0) / num_steps
+            self._held_back |= bound < allowed
+            self._at_floor |= bound <= slowest
+            allowed = min(allowed, bound)
         return allowed
 
     def _correct(self, now: float) -> None:
+        """Only as far as it makes a difference, lest the next load finds a factor that has run away."""
         measured = self.p95_s(now - CONTROL_S)
-        self._corrected_at = now
-        if measured > 0.95 * self._target_s:
-            self._factor = max(0.05, self._factor * max(0.7, 0.9 * self._target_s / measured))
-        elif measured < 0.8 * self._target_s:
-            self._factor = min(2.0, self._factor * 1.05)
+        if measured > 0.95 * self._target_s and not self._at_floor:
+            self._factor *= max(0.7, 0.9 * self._target_s / measured)
+        elif self._held_back and max(measured, self.p95_s()) < 0.9 * self._target_s:
+            self._factor = min(2.0, self._factor * 1.1)
+        self._corrected_at, self._held_back, self._at_floor = now, False, False
