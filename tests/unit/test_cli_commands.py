@@ -298,8 +298,19 @@ def test_status_shows_what_an_operator_asks(
     assert "absent: refused" in second
     assert "lane 0: forming (waits for stage 1) · epoch 4 · 700 of 777 blocks" in out
     assert "limited by stage 0" in out
+    assert "limits the pace" not in out, "nothing is learnt yet"
     assert "2 running, 1 waiting" in out
     assert "99 output tokens" in out
+
+
+def test_status_names_the_stage_that_limits_the_pace(
+    router: ScriptedRouter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.status = make_status()
+    lane = router.status.lanes[0]
+    lane.slowest_stage, lane.cycle_ms, lane.stages[1].step_ms = 1, 18.25, 6.5
+    _, out, _ = run("status", "--admin", router.address, capsys=capsys)
+    assert "stage 1 limits the pace: 6.50 ms a step, 18.25 ms a token" in out
 
 
 def test_status_json_and_watch(router: ScriptedRouter, capsys: pytest.CaptureFixture[str]) -> None:

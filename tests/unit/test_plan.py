@@ -125,6 +125,20 @@ def test_parts_are_measured_here(tmp_path: Path) -> None:
     assert sum(measured["split"]) == 6
     assert all(one > 0 for one in measured["step_ms"])
     assert "measured on this machine's CPU" in measured["notes"][0]
+    assert sum(measured["present_split"]) == 6
+    assert measured["gain"] >= 1
+    assert any("stages take by themselves" in note for note in measured["notes"])
+
+
+def test_a_worked_out_plan_says_what_it_gains_over_the_split_by_weights(tmp_path: Path) -> None:
+    """The head weighs 28 layers, of which stages count a part; in prefill it is next to nothing."""
+    model = str(make_model(tmp_path, vocab_size=1 << 14, num_hidden_layers=24))
+    plan = run(model, "--stages", "2", "--rows", "1", "--prefill", "4096", "--device-tflops", "0.1")
+    assert plan["split"] == [12, 12]
+    assert plan["present_split"][0] > 12
+    assert plan["gain"] == pytest.approx(max(plan["present_step_ms"]) / plan["slowest_ms"], rel=1e-3)
+    assert plan["gain"] > 1.05
+    assert any(f"{plan['gain']:.2f} times the throughput" in note for note in plan["notes"])
 
 
 def mesh_status(step_ms: list[float], split: list[int]) -> admin_pb2.MeshStatus:

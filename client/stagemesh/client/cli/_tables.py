@@ -36,7 +36,7 @@ def mesh_view(status: pb.MeshStatus) -> RenderableType:
 
 
 def lane_line(lane: pb.LaneStatus) -> str:
-    """State, reason, epoch and memory of a lane in one line."""
+    """State, reason, epoch, memory and pace of a lane in one line."""
     state = pb.LaneState.Name(lane.state).removeprefix("LANE_STATE_").lower()
     parts = [
         f"lane {lane.lane_id}: {state}" + (f" ({lane.reason})" if lane.reason else ""),
@@ -48,6 +48,11 @@ def lane_line(lane: pb.LaneStatus) -> str:
             f"limited by stage {lane.limiting_stage}"
         )
     parts.append(f"{lane.num_steps} steps, {lane.steps_in_flight} in flight")
+    if lane.cycle_ms:
+        slowest = lane.stages[lane.slowest_stage]
+        parts.append(
+            f"stage {slowest.stage_index} limits the pace: {slowest.step_ms:.2f} ms a step, {lane.cycle_ms:.2f} ms a token"
+        )
     return " · ".join(parts)
 
 

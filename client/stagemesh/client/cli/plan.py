@@ -99,7 +99,9 @@ class PlanView:
     """What is said."""
 
     proposal: Proposal
-    present: Proposal | None
+    present: Proposal
+    """Of the running mesh; of a model, the split that its stages take by themselves."""
+    present_name: str
     weight_bytes: tuple[int, ...]
     """Of each stage; empty where the model is not known."""
     kv_blocks: tuple[int, ...]
@@ -114,11 +116,9 @@ class PlanView:
             "slowest_ms": round(proposal.slowest_s * 1e3, 4),
             "efficiency": round(proposal.efficiency, 4),
             "bubble_share": [round(one, 4) for one in _bubbles(proposal)],
-            "present_split": list(self.present.split) if self.present else None,
-            "present_step_ms": [round(one * 1e3, 4) for one in self.present.times_s]
-            if self.present
-            else None,
-            "gain": round(self.present.slowest_s / proposal.slowest_s, 4) if self.present else None,
+            "present_split": list(self.present.split),
+            "present_step_ms": [round(one * 1e3, 4) for one in self.present.times_s],
+            "gain": round(self.present.slowest_s / proposal.slowest_s, 4),
             "weight_bytes": list(self.weight_bytes),
             "kv_blocks": list(self.kv_blocks),
             "notes": list(self.notes),
@@ -137,7 +137,7 @@ class PlanView:
             "layers",
             "step ms",
             "bubble",
-            "now: layers",
+            f"{self.present_name}: layers",
             "step ms",
             "bubble",
             "weights",
@@ -145,17 +145,16 @@ class PlanView:
         ):
             table.add_column(header, justify="right")
         begin = 0
-        bubbles, bubbles_now = _bubbles(self.proposal), _bubbles(self.present) if self.present else ()
+        now, bubbles, bubbles_now = self.present, _bubbles(self.proposal), _bubbles(self.present)
         for index, count in enumerate(self.proposal.split):
-            now = self.present
             table.add_row(
                 str(index),
                 f"{begin}:{begin + count} ({count})",
                 f"{self.proposal.times_s[index] * 1e3:.3f}",
                 f"{bubbles[index]:.0%}",
-                str(now.split[index]) if now and index < len(now.split) else "-",
-                f"{now.times_s[index] * 1e3:.3f}" if now and index < len(now.split) else "-",
-                f"{bubbles_now[index]:.0%}" if index < len(bubbles_now) else "-",
+                str(now.split[index]),
+                f"{now.times_s[index] * 1e3:.3f}",
+                f"{bubbles_now[index]:.0%}",
                 format_size(self.weight_bytes[index]) if self.weight_bytes else "-",
                 f"{self.kv_blocks[index]:,}" if self.kv_blocks else "-",
             )
@@ -192,18 +191,16 @@ def _of_mesh(address: str, num_stages: int | None) -> PlanView:
         )
     parts = parts_from_stages(split, times)
     present, proposal = predict(split, parts), propose(sum(split), parts)
-    gain = present.slowest_s / proposal.slowest_s
     return PlanView(
         proposal=proposal,
         present=present,
+        present_name="now",
         weight_bytes=(),
         kv_blocks=(),
         notes=(
             f"measured at {address} under its present load: a step takes {_ms(times)} ms",
             _head_note(parts[-1]),
-            f"the split equalizes that: {gain:.2f} times the throughput while stages limit it"
-            if proposal.split != split
-            else "the present split is the best there is",
+            _gain_note(proposal, present, "the present split"),
             f"predicted between two tokens of a stream: {_cycle(proposal) * 1e3:.2f} ms of stages, now "
             f"{_cycle(present) * 1e3:.2f}, and {lane.ring_hops_ms:.2f} of hops",
         ),
@@ -211,11 +208,13 @@ def _of_mesh(address: str, num_stages: int | None) -> PlanView:
 
 
 def _of_model(question: _Question) -> PlanView:
+    from stagemesh.client.cli._plan import GPU_HEAD_SHARE
     from stagemesh.model.cost import StepShape
     from stagemesh.model.deal import deal
-    from stagemesh.model.layer_split import Device, propose
+    from stagemesh.model.layer_split import Device, predict, propose
     from stagemesh.model.shard_shapes import shard_parameters
     from stagemesh.model.source import open_model
+    from stagemesh.model.split import split_layers
 
     if question.model is None:
         raise ConfigError("MODEL is missing; or name a running mesh by --measure HOST:PORT")
@@ -242,7 +241,10 @@ def _of_model(question: _Question) -> PlanView:
             f"worked out for {question.bytes_per_s / 1e12:g} TB/s and {question.flops / 1e12:g} TFLOP/s at their most: "
             f"a layer {part.layer_s * 1e3:.3f} ms"
         )
-    proposal = propose(config.num_layers, [part] * question.num_stages)
+    parts = [part] * question.num_stages
+    proposal = propose(config.num_layers, parts)
+    by_weights = split_layers(config, question.num_stages, 1.0 if question.here else GPU_HEAD_SHARE)
+    default = predict(tuple(map(len, by_weights)), parts)
     whole = deal(config, 1)[0]
     weights, blocks, begin = [], [], 0
     for index, count in enumerate(proposal.split):
@@ -255,13 +257,15 @@ def _of_model(question: _Question) -> PlanView:
         blocks.append(max(0, question.memory - weights[-1]) // _block_bytes(config, count, itemsize))
     return PlanView(
         proposal=proposal,
-        present=None,
+        present=default,
+        present_name="default",
         weight_bytes=tuple(weights),
         kv_blocks=tuple(blocks),
         notes=(
             f"{how}, for a step of {question.rows} rows of {question.context} tokens"
             + (f" and {question.prefill} prompt tokens" if question.prefill else ""),
             _head_note(part),
+            _gain_note(proposal, default, "the split that stages take by themselves"),
             f"the slowest stage takes {proposal.slowest_s * 1e3:.3f} ms: a full pipeline uses {proposal.efficiency:.1%} "
             f"of its stages; the lane has {min(blocks):,} KV blocks of {BLOCK} tokens",
             _replica_note(config, question, itemsize),
@@ -289,6 +293,13 @@ def _replica_note(config: ModelConfig, question: _Question, itemsize: int) -> st
 
 def _block_bytes(config: ModelConfig, num_layers: int, itemsize: int) -> int:
     return 2 * num_layers * BLOCK * config.num_kv_heads * config.head_dim * itemsize
+
+
+def _gain_note(proposal: Proposal, present: Proposal, whose: str) -> str:
+    if proposal.split == present.split:
+        return f"no split does better than {whose}"
+    gain = present.slowest_s / proposal.slowest_s
+    return f"the split equalizes the stages: {gain:.2f} times the throughput of {whose} while stages limit it"
 
 
 def _head_note(part: PartTimes) -> str:
