@@ -34,7 +34,9 @@ def test_a_cost_is_the_sum_of_its_terms(text: str, nanoseconds: int) -> None:
     assert CostModel.parse(text).nanoseconds(SHAPE) == nanoseconds
 
 
-@pytest.mark.parametrize("text", ["", "2", "2ms*", "2ms*layers", "ms", "2ms - 1ms", "2ms + "])
+@pytest.mark.parametrize(
+    "text", ["", "2", "2ms*", "2ms*layers", "ms", "2ms - 1ms", "2ms + ", "7200s", "9" * 400 + "s"]
+)
 def test_what_is_no_cost_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match="--cost"):
         CostModel.parse(text)

@@ -137,6 +137,13 @@ def test_a_full_queue_refuses_and_little_memory_preempts() -> None:
     assert result.num_preemptions > 0
 
 
+def test_what_all_memory_would_not_hold_is_refused_as_a_router_does() -> None:
+    load = {"arrivals": "at_once", "requests": 9, "prompt": {"uniform": [8, 90]}, "output": {"fixed": 4}}
+    result = simulate(parse({"stages": STAGES, "load": load, "lane": {"num_blocks": 2}}, "test"))
+    assert result.num_refused > 0
+    assert result.num_finished == 9 - result.num_refused > 0
+
+
 def test_a_shared_prefix_is_found() -> None:
     load = {"rate": 2, "requests": 8, "prompt": {"fixed": 64}, "output": {"fixed": 2}, "shared_prefix": 48}
     assert simulate(spec(load=load, lane={})).cached_share == pytest.approx(7 / 8 * 48 / 64)
@@ -204,6 +211,26 @@ STAGES = {"count": 2, "cost": "1ms"}
         ({"stages": STAGES, "load": {**LOAD, "requests": None}}, "load: requests or duration is missing"),
         ({"stages": STAGES, "load": {**LOAD, "prompt": {}}}, "load.prompt: expected one of fixed"),
         ({"stages": STAGES, "load": {**LOAD, "output": {"uniform": [5, 2]}}}, "load.output: uniform"),
+        ({"stages": STAGES, "load": LOAD | {"rate": float("inf")}}, "load.rate: "),
+        ({"stages": STAGES, "load": LOAD | {"rate": float("nan")}}, "load.rate: "),
+        ({"stages": STAGES, "load": LOAD | {"requests": 10**12}}, "load.requests: "),
+        (
+            {"stages": STAGES, "load": {**LOAD, "rate": 1e9, "requests": None, "duration": "1h"}},
+            "load: rate times duration is more than 10,000,000 requests",
+        ),
+        (
+            {"stages": STAGES, "load": {**LOAD, "prompt": {"lognormal": [9, float("nan")]}}},
+            "load.prompt: logn",
+        ),
+        ({"stages": STAGES, "load": LOAD | {"shared_prefix": 10**12}}, "load.shared_prefix: "),
+        ({"stages": STAGES, "load": LOAD, "lane": {"num_blocks": 10**12}}, "lane.num_blocks: "),
+        ({"stages": STAGES, "load": LOAD, "lane": {"max_context": 10**12}}, "lane.max_context: "),
+        ({"stages": STAGES, "load": LOAD, "ring": {"latency": "9" * 30 + "h"}}, "ring.latency: .* a year"),
+        ({"stages": STAGES, "load": LOAD, "link": {"bandwidth": "0.1B/s"}}, "link.bandwidth: .* a second"),
+        (
+            {"stages": {"count": 2, "cost": "9" * 400 + "s"}, "load": LOAD},
+            "stages.cost: .* more than an hour",
+        ),
         ("nothing", "expected a mapping"),
     ],
 )

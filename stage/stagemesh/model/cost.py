@@ -9,6 +9,8 @@ from stagemesh.wire.errors import ConfigError
 
 VARIABLES = ("tokens", "rows", "prefill", "context")
 """Positions of the step, its rows, its positions beyond one a row, and the KV positions its rows attend to."""
+MOST_NS = 3.6e12
+"""Of a term, an hour: what is more is a slip of the pen, and no clock counts its sums."""
 _UNITS_NS = {"us": 1e3, "ms": 1e6, "s": 1e9}
 _TERM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*(?:\*\s*([a-z]+))?\s*")
 
@@ -40,7 +42,10 @@ class CostModel:
                     f"--cost: '{part.strip()}' in '{text}' is not a term; expected such as 2ms or 0.01ms*tokens, "
                     f"with a variable of {', '.join(VARIABLES)}"
                 )
-            terms.append((float(found[1]) * _UNITS_NS[found[2]], found[3] or ""))
+            nanoseconds = float(found[1]) * _UNITS_NS[found[2]]
+            if nanoseconds > MOST_NS:
+                raise ConfigError(f"--cost: '{part.strip()}' in '{text}' is more than an hour; expected less")
+            terms.append((nanoseconds, found[3] or ""))
         return cls(tuple(terms))
 
     def nanoseconds(self, shape: StepShape) -> int:

@@ -48,7 +48,7 @@ class SimulationResult:
     num_requests: int
     num_finished: int
     num_refused: int
-    """By the waiting queue."""
+    """By the waiting queue, or because all KV blocks there are would not hold it."""
     output_tokens: int
     output_tokens_per_s: float
     prompt_tokens_per_s: float

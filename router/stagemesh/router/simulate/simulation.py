@@ -21,7 +21,7 @@ from stagemesh.router.simulate.load import END_TOKEN, draw
 from stagemesh.router.simulate.pipeline import StepTimes, VirtualPipeline
 from stagemesh.router.simulate.result import Percentiles, SimulationResult, StageResult
 from stagemesh.router.simulate.spec import SimulationSpec
-from stagemesh.wire.errors import ResourceExhaustedError
+from stagemesh.wire.errors import InvalidArgumentError, ResourceExhaustedError
 
 Int64 = npt.NDArray[np.int64]
 
@@ -102,7 +102,7 @@ class Simulation:
     def _submit(self, index: int, now: int) -> None:
         try:
             self.scheduler.submit(self._requests.request(index), now / 1e9)
-        except ResourceExhaustedError:
+        except (ResourceExhaustedError, InvalidArgumentError):
             self._num_refused += 1
 
     def _pump(self, now: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +17,8 @@ from stagemesh.wire.errors import ConfigError
 
 _ALIKE, _LISTED = "alike", "listed"
 """The two ways of giving stages."""
+MOST_REQUESTS = 10_000_000
+"""Of a load: each has columns, drawn before anything runs."""
 _ROUTER_DEFAULTS = RouterConfig.model_fields
 
 
@@ -80,7 +83,7 @@ class Layers(_Section):
 class Stages(_Section):
     """Stages that are alike, or made of layers."""
 
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=4096)
     cost: Cost | None = None
     """Of each; unset: made of `layers`."""
     split: tuple[int, ...] | None = None
@@ -112,9 +115,9 @@ class LaneSpec(_Section):
     max_waiting: int = Field(default=_ROUTER_DEFAULTS["max_waiting"].default, ge=1)
     prefix_cache: bool = _ROUTER_DEFAULTS["prefix_cache"].default
     itl_target_ms: float = Field(default=_ROUTER_DEFAULTS["itl_target_ms"].default, ge=0)
-    num_blocks: int = Field(default=1 << 16, ge=1)
+    num_blocks: int = Field(default=1 << 16, ge=1, le=1 << 24)
     block_size: int = Field(default=16, ge=1)
-    max_context: int = Field(default=8192, ge=2)
+    max_context: int = Field(default=8192, ge=2, le=1 << 24)
 
 
 class Distribution(_Section):
@@ -133,8 +136,8 @@ class Distribution(_Section):
             raise ValueError("expected one of fixed, uniform and lognormal")
         if self.uniform and not 1 <= self.uniform[0] <= self.uniform[1]:
             raise ValueError("uniform: expected [lowest, highest], at least 1")
-        if self.lognormal and (self.lognormal[0] < 1 or self.lognormal[1] < 0):
-            raise ValueError("lognormal: expected [median, sigma], the median at least 1")
+        if self.lognormal and not (self.lognormal[0] >= 1 and 0 <= self.lognormal[1] < math.inf):
+            raise ValueError("lognormal: expected [median, sigma], the median at least 1, sigma at least 0")
         return self
 
 
@@ -142,14 +145,14 @@ class Load(_Section):
     """Who asks for what, and when."""
 
     arrivals: Literal["poisson", "at_once"] = "poisson"
-    rate: float | None = Field(default=None, gt=0)
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Requests per second; of Poisson arrivals."""
-    requests: int | None = Field(default=None, ge=1)
+    requests: int | None = Field(default=None, ge=1, le=MOST_REQUESTS)
     duration: Duration | None = None
     """Arrivals end after it; with `requests`, whatever comes first."""
     prompt: Distribution
     output: Distribution
-    shared_prefix: int = Field(default=0, ge=0)
+    shared_prefix: int = Field(default=0, ge=0, le=1 << 24)
     """Tokens that all prompts begin with; each is cut to its length."""
     stops: float = Field(default=0.0, ge=0, le=1)
     """Share of requests that end by an end token that the router cannot foresee; the others by max_tokens."""
@@ -163,6 +166,8 @@ class Load(_Section):
             raise ValueError("requests is missing: how many arrive at once?")
         if self.requests is None and self.duration is None:
             raise ValueError("requests or duration is missing: the load has no end")
+        if self.requests is None and (self.rate or 0) * (self.duration or 0) / 1e9 > MOST_REQUESTS:
+            raise ValueError(f"rate times duration is more than {MOST_REQUESTS:,} requests; ask for fewer")
         return self
 
 
@@ -176,7 +181,7 @@ class SimulationSpec(_Section):
     layers: Layers | None = None
     link: Link = Link()
     ring: Link = Link()
-    position_bytes: int = Field(default=8192, ge=0)
+    position_bytes: int = Field(default=8192, ge=0, le=1 << 30)
     """Activations of one position on a link: hidden size times bytes of the dtype."""
     router: Router = Router()
     lane: LaneSpec = LaneSpec()

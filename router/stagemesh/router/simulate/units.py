@@ -12,6 +12,8 @@ from stagemesh.wire.errors import ConfigError
 
 _NS = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9, "min": 60e9, "h": 3600e9}
 _BYTES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+MOST_NS = 86_400_000_000_000 * 366
+"""A year: sums of durations must fit 64 bits."""
 _NUMBER = r"(\d+(?:\.\d+)?)\s*"
 
 
@@ -22,15 +24,19 @@ def duration_ns(value: Any) -> int:
     match = re.fullmatch(_NUMBER + "(ns|us|ms|s|min|h)", str(value).strip())
     if match is None:
         raise ValueError("expected a duration, such as 0.2ms, 30s or 1h")
-    return round(float(match[1]) * _NS[match[2]])
+    nanoseconds = float(match[1]) * _NS[match[2]]
+    if nanoseconds > MOST_NS:
+        raise ValueError("expected a duration of a year at most")
+    return round(nanoseconds)
 
 
 def bytes_per_second(value: Any) -> float:
     """Of "10GB/s" or "25Gbit/s"."""
     match = re.fullmatch(_NUMBER + "([kMGT]?)(B|bit)/s", str(value).strip())
-    if match is None or not float(match[1]):
-        raise ValueError("expected a bandwidth, such as 10GB/s or 25Gbit/s")
-    return float(match[1]) * _BYTES[match[2]] / (8 if match[3] == "bit" else 1)
+    rate = float(match[1]) * _BYTES[match[2]] / (8 if match[3] == "bit" else 1) if match else 0.0
+    if rate < 1:
+        raise ValueError("expected a bandwidth, such as 10GB/s or 25Gbit/s, of a byte a second at least")
+    return rate
 
 
 def cost_model(value: Any) -> CostModel:
