@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from scheduled_lane import make_limits, make_request
 
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
+from stagemesh.router.scheduler import Scheduler
 from stagemesh.v1 import stage_pb2
+from stagemesh.wire.errors import InternalError
 
 ADDRESSES = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
 
@@ -66,3 +69,22 @@ async def test_an_answer_that_cannot_be_taken_loses_the_stage_and_says_so(lane: 
     error = lane._lost.result()
     assert error.stage == lane.stages[1].name
     assert "a column is short" in error.message
+
+
+async def test_a_bug_in_the_scheduler_ends_what_runs_with_a_word_and_not_in_silence(
+    lane: Lane, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane.scheduler = Scheduler(make_limits())
+    lane.stats.open_lane(8)
+    lane.submit(make_request("a"))
+
+    def fail(now: float) -> None:
+        raise KeyError("what nobody thought of")
+
+    lane.scheduler.next_step = fail  # type: ignore[assignment, method-assign]
+    lane._pump()
+    assert lane._lost
+    error = await lane._serve()
+    assert (type(error), error.reason) == (InternalError, "BUG")
+    assert "what nobody thought of" in error.message
+    assert "what nobody thought of" in caplog.text

@@ -28,6 +28,7 @@ from stagemesh.wire.columns import U32, unpack
 from stagemesh.wire.errors import (
     ChainError,
     ConfigError,
+    InternalError,
     InvalidArgumentError,
     StageLostError,
     StagemeshError,
@@ -98,7 +99,7 @@ class Lane:
         self.num_formed = 0
         self.scheduler: Scheduler | None = None
         self._sent_at: dict[int, float] = {}
-        self._lost: asyncio.Future[StageLostError] | None = None
+        self._lost: asyncio.Future[StagemeshError] | None = None
         self._pumping = False
         self._said = ""
         self._event_log = (
@@ -234,8 +235,8 @@ class Lane:
         )
         self._events.on_ready(True)
 
-    async def _serve(self) -> StageLostError:
-        """Watch until a stage is lost, and return how."""
+    async def _serve(self) -> StagemeshError:
+        """Watch until a stage is lost, or a bug shows, and return how."""
         assert self._lost is not None
         while True:
             done, _ = await asyncio.wait({self._lost}, timeout=POLL_S)
@@ -262,7 +263,7 @@ class Lane:
         waiting = f", it waits for {culprit.report.waiting_for}" if culprit.report.waiting_for else ""
         return culprit.lost(f"step {number} is unanswered for {waited_s:.0f} s{waiting}")
 
-    def _drop(self, error: StageLostError) -> None:
+    def _drop(self, error: StagemeshError) -> None:
         scheduler, self.scheduler = self.scheduler, None
         self.state, self.reason = FORMING, str(error)
         self._events.on_ready(False)
@@ -300,6 +301,16 @@ class Lane:
 
     def _pump(self) -> None:
         self._pumping = False
+        try:
+            self._send_steps()
+        except Exception as error:
+            # Nothing would be sent any more, and nobody told: what runs ends, and the lane forms again.
+            log.exception("bug in forming a step")
+            if self._lost and not self._lost.done():
+                how = f"bug in forming a step: {type(error).__name__}: {error}"
+                self._lost.set_result(InternalError(how, reason="BUG"))
+
+    def _send_steps(self) -> None:
         now = time.monotonic()
         if self.scheduler and len(expired := self.scheduler.expire(now)):
             if self._event_log:
