@@ -134,6 +134,7 @@ class ScheduledLane:
     def check_end(self) -> None:
         """Everything is as it was before, and every answer is the model's."""
         assert self.scheduler.pool.num_free == self.limits.num_blocks
+        assert not self.scheduler.pool._claimed.any()
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         for name, request in self.requests.items():
             expected, answer = expected_answer(request), self.answers[name]

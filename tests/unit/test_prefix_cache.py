@@ -88,6 +88,16 @@ def test_the_block_left_longest_ago_goes_first() -> None:
     lane.check_end()
 
 
+def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
+    """Without its beginning nothing of it could be found again."""
+    lane = ScheduledLane(make_limits(num_blocks=5))
+    prompt = list(range(17))
+    run(lane, with_prompt("first", prompt, 1))
+    run(lane, with_prompt("other", list(range(20, 26)), 1))  # two blocks: one is free, one is evicted
+    assert num_cached(lane, with_prompt("again", prompt, 1)) == 12
+    lane.check_end()
+
+
 def test_an_aborted_sharer_takes_nothing_from_the_others() -> None:
     lane = ScheduledLane(make_limits())
     prompt = list(range(13))

@@ -219,6 +219,39 @@ def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
     assert "long" in names(lane.steps[-1])
 
 
+def test_those_that_decode_leave_a_part_of_every_step_to_prompts() -> None:
+    """They could fill it alone; a prompt would wait until one of them ends."""
+    lane = ScheduledLane(make_limits(max_slots=20, step_tokens=16))
+    for index in range(16):
+        lane.submit(make_request(f"decodes{index}", 2, 20))
+    while not all(lane.answers[f"decodes{index}"] for index in range(16)):
+        if lane.step() is None:
+            lane.result()
+    lane.submit(make_request("prompt", 6, 2))
+    while not lane.answers["prompt"]:
+        if lane.step() is None:
+            lane.result()
+    assert not lane.finished, "somebody ended first"
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_the_blocks_of_those_that_decode_side_by_side_stay_consecutive() -> None:
+    lane = ScheduledLane(make_limits(consecutive_blocks=True))
+    for name in ("a", "b", "c"):
+        lane.submit(make_request(name, 6, 30))
+    while len(lane.answers["c"]) < 25:
+        if lane.step() is None:
+            lane.result()
+    slots = lane.scheduler.running.slots
+    for sequence in lane.scheduler.live:
+        blocks = slots.tables[sequence.slot, : slots.num_blocks[sequence.slot]].tolist()
+        assert len(blocks) > 6
+        assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+    lane.run_to_end()
+    lane.check_end()
+
+
 def test_everybody_gets_on_while_new_ones_keep_coming() -> None:
     """The first comer is not overtaken for ever by a stream of later ones."""
     lane = ScheduledLane(make_limits(num_blocks=24, max_blocks=24, max_slots=4, step_tokens=6))
