@@ -6,26 +6,16 @@ row that takes a wrong token, a block written too late or one shared too far sho
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import pytest
 from scheduled_lane import ScheduledLane, make_limits, make_request
 from scheduled_stage import END_TOKEN, expected_answer
 
-from stagemesh.router.config import RouterConfig
-from stagemesh.router.lane.lane import Lane, LaneEvents
-from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.scheduler import Finish, Request, Scheduler, Step
 from stagemesh.router.scheduler.step import encode
-from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U32, U64, unpack
-
-
-def ignore(*_: object) -> None:
-    """Nobody listens."""
 
 
 def with_prompt(name: str, tokens: list[int], max_tokens: int = 6) -> Request:
@@ -67,30 +57,7 @@ def test_a_decode_names_the_step_that_sampled_its_input() -> None:
     lane.check_end()
 
 
-async def test_every_stage_gets_the_same_steps_in_the_same_order() -> None:
-    addresses = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
-    events = LaneEvents(
-        on_deltas=ignore, on_admitted=ignore, on_lost=ignore, on_ready=ignore, on_forget=ignore
-    )
-    lane = Lane(RouterConfig(model="m", stages=addresses), "f" * 64, 128, events)
-    sent: list[list[bytes]] = [[] for _ in addresses]
-    for stage, messages in zip(lane.stages, sent, strict=True):
-        stage.send = messages.append  # type: ignore[method-assign]
-    lane.scheduler = Scheduler(make_limits(num_microbatches=3, depth=4))
-    lane.stats.open_lane(8)
-    for name in "abcde":
-        lane.submit(make_request(name, 6, 9))
-    for _ in range(12):
-        await asyncio.sleep(0)
-        step = next(iter(lane.scheduler._in_flight.values()))
-        result = stage_pb2.StepResult(number=step.number, token_ids=bytes(4 * int(step.sample.sum())))
-        lane._take_response(cast(StageLink, lane.stages[-1]), stage_pb2.ExecuteResponse(results=[result]))
-    numbers = [step.number for data in sent[0] for step in stage_pb2.ExecuteRequest.FromString(data).steps]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) > 12
-    assert sent[1] == sent[2] == sent[0]
-    for stage in lane.stages:
-        await stage.aclose()
+# That every stage is told the same steps in one order: test_lane_order.
 
 
 # Rule 2
