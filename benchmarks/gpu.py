@@ -8,7 +8,8 @@ environment of its own. A row's pair must come from one machine in one lease: ru
 its runs (`--runs`) in calls that follow each other and `--merge` into one file.
 
 Results are written as they come: DIR/NAME.jsonl for each run, and after each the merged rows. A run for which
-the time budget has no room is left out, and its rows say so.
+the time budget has no room is left out, and its rows say so, as do those of groups that were not asked for.
+Without a GPU nothing is run or written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_facts import Facts, read_facts, utc_now
-from gpu_rows import GPURow, Runs, rows_of_group
+from gpu_rows import GROUPS, GPURow, Runs, rows_of_group
 from gpu_runs import RunLog, RunOptions, carry_out
 from gpu_specs import RunSpec, runs_of
 from report import machine
@@ -63,6 +64,12 @@ def main() -> None:
         for spec in specs:
             print(f"{spec.name:<16} {spec.num_gpus} GPUs, about {spec.estimate_s} s")
         return
+    facts = read_facts()
+    if not facts.gpus and not options.dry_run:
+        sys.exit(
+            "error: nvidia-smi -L lists no GPU here, so there is nothing to measure; --dry-run proves the scripts on CPU "
+            "stages, --table --merge FILE shows what was measured elsewhere"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     run_options = RunOptions(
         out=options.out,
@@ -73,12 +80,11 @@ def main() -> None:
         mesh_options=tuple(shlex.split(options.up)),
     )
     merged = _read(options.merge)
-    facts = read_facts()
     began = time.monotonic()
     for spec in specs:
         left = options.budget_s - (time.monotonic() - began)
         _run_one(spec, run_options, merged, facts, left)
-        merged["results"] = _rows(merged, options.group.split(","))
+        merged["results"] = _rows(merged)
         _write(merged, options)
     print(file=sys.stderr)
     for row in merged["results"]:
@@ -115,11 +121,10 @@ def _run_entry(facts: Facts, log_name: str, lines: list[dict[str, Any]]) -> dict
     }
 
 
-def _rows(merged: dict[str, Any], groups: list[str]) -> list[Row]:
-    """The rows of every group that was ever asked for, in the order of the table."""
+def _rows(merged: dict[str, Any]) -> list[Row]:
+    """The rows of every group, in the order of the table; what was not run says so."""
     runs = Runs({name: entry["lines"] for name, entry in merged["runs"].items()})
-    known = {row["group"] for row in merged["results"]} | set(groups)
-    return [_finished(row, merged["runs"]) for group in sorted(known) for row in rows_of_group(group, runs)]
+    return [_finished(row, merged["runs"]) for group in GROUPS for row in rows_of_group(group, runs)]
 
 
 def _finished(row: GPURow, entries: dict[str, Any]) -> Row:

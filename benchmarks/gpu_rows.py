@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Lines = Sequence[Mapping[str, Any]]
+GROUPS = "ABCD"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,13 @@ def _rows_a(runs: Runs) -> list[GPURow]:
 
 
 def _rows_b(runs: Runs) -> list[GPURow]:
-    one = _larger(runs, "ours-1x1-b", (512, 1024))
+    # The larger figure of one GPU in this lease, whichever run it comes from.
+    one = _largest(
+        [
+            (run, _larger(runs, run, counts))
+            for run, counts in (("ours-1x1-b", (512, 1024)), ("ours-1x1", (512, 2048)))
+        ]
+    )
     return [
         _against(
             runs,
@@ -173,10 +180,11 @@ def _rows_b(runs: Runs) -> list[GPURow]:
             "2 stages, 1,024 requests, over our one GPU",
             "B",
             ("ours-2x1", runs.tok_s("ours-2x1", 1024)),
-            ("ours-1x1-b", one),
+            one,
             target=1.75,
             stretch=1.9,
         ),
+        *_of_the_load(runs, "B", "ours-2x1", 1024),
         _against(
             runs,
             "TP=2, step, batch 1",
@@ -208,8 +216,6 @@ def _rows_c(runs: Runs) -> list[GPURow]:
         [("vllm-pp4", runs.tok_s("vllm-pp4", 512)), ("vllm-pp4-2048", runs.tok_s("vllm-pp4-2048", 2048))]
     )
     one = _larger(runs, "ours-1x1-c", (512, 2048))
-    load = runs.find(ours, "throughput", requests=2048) or {}
-    busy = load.get("busy_shares")
     tp4 = runs.tok_s("vllm-tp4-2048", 2048)
     rows = [
         _own(
@@ -232,36 +238,7 @@ def _rows_c(runs: Runs) -> list[GPURow]:
             target=0.78,
             stretch=0.90,
         ),
-        _own(
-            runs,
-            "the same: busy share of the slowest stage",
-            "C",
-            "share",
-            (ours, max(busy) if busy else None),
-            target=0.93,
-            stretch=0.97,
-            reference=f"each stage: {busy}",
-        ),
-        _own(
-            runs,
-            "the same: scheduler CPU per token",
-            "C",
-            "us",
-            (ours, load.get("router_cpu_us_per_token")),
-            target=5.0,
-            at_most=True,
-            reference=f"workers beside it: {load.get('router_workers_cpu_s')} s in all",
-        ),
-        _own(
-            runs,
-            "the same: scheduler CPU per step",
-            "C",
-            "ms",
-            (ours, load.get("router_cpu_ms_per_step")),
-            target=1.0,
-            at_most=True,
-            reference=f"{load.get('steps')} steps",
-        ),
+        *_of_the_load(runs, "C", ours, 2048, busy=0.93, busy_stretch=0.97, us_per_token=5.0, ms_per_step=1.0),
         _against(
             runs,
             "4 stages, 512 requests, output",
@@ -324,6 +301,54 @@ def _rows_d(runs: Runs) -> list[GPURow]:
 
 Figure = tuple[str, float | None]
 """A run and its figure."""
+
+
+def _of_the_load(
+    runs: Runs,
+    group: str,
+    run: str,
+    requests: int,
+    *,
+    busy: float | None = None,
+    busy_stretch: float | None = None,
+    us_per_token: float | None = None,
+    ms_per_step: float | None = None,
+) -> list[GPURow]:
+    """What one load cost the stages and the scheduler; without targets it is there to be known."""
+    load = runs.find(run, "throughput", requests=requests) or {}
+    shares = load.get("busy_shares")
+    return [
+        _own(
+            runs,
+            "the same: busy share of the slowest stage",
+            group,
+            "share",
+            (run, max(shares) if shares else None),
+            target=busy,
+            stretch=busy_stretch,
+            reference=f"each stage: {shares}",
+        ),
+        _own(
+            runs,
+            "the same: scheduler CPU per token",
+            group,
+            "us",
+            (run, load.get("router_cpu_us_per_token")),
+            target=us_per_token,
+            at_most=True,
+            reference=f"workers beside it: {load.get('router_workers_cpu_s')} s in all",
+        ),
+        _own(
+            runs,
+            "the same: scheduler CPU per step",
+            group,
+            "ms",
+            (run, load.get("router_cpu_ms_per_step")),
+            target=ms_per_step,
+            at_most=True,
+            reference=f"{load.get('steps')} steps",
+        ),
+    ]
 
 
 def _against(
@@ -400,12 +425,12 @@ def _own(
     unit: str,
     ours: Figure,
     *,
-    target: float,
+    target: float | None,
     stretch: float | None = None,
     at_most: bool = False,
     reference: str = "",
 ) -> GPURow:
-    """A row with a target of its own."""
+    """A row with a target of its own, or with none."""
     return _row(
         runs,
         GPURow(

@@ -34,7 +34,7 @@ class RunSpec:
     reps: int = 2
     """Of decode."""
     estimate_s: int
-    """Wall time, start and end included, on an H200."""
+    """Wall time, start and end included; of groups A and B as two H100 took it."""
 
     @property
     def num_gpus(self) -> int:
@@ -45,16 +45,16 @@ class RunSpec:
 DECODE_A = (1, 16, 64, 256)
 
 RUNS: tuple[RunSpec, ...] = (
-    RunSpec(name="ours-1x1", group="A", system="ours", sizes=DECODE_A, requests=(512, 2048), estimate_s=170),
+    RunSpec(name="ours-1x1", group="A", system="ours", sizes=DECODE_A, requests=(512, 2048), estimate_s=145),
     RunSpec(name="ours-1x1-warm", group="A", system="ours", estimate_s=30),
-    RunSpec(name="vllm-1x1", group="A", system="vllm", sizes=DECODE_A, requests=(512,), estimate_s=190),
+    RunSpec(name="vllm-1x1", group="A", system="vllm", sizes=DECODE_A, requests=(512,), estimate_s=185),
     RunSpec(name="vllm-1x1-2048", group="A", system="vllm", requests=(2048,), estimate_s=150),
     RunSpec(name="transformers-1", group="A", system="transformers", sizes=(64,), estimate_s=40),
-    RunSpec(name="ours-2x1", group="B", system="ours", stages=2, requests=(512, 1024), estimate_s=70),
-    RunSpec(name="ours-1x2", group="B", system="ours", tp=2, sizes=(1,), requests=(512,), estimate_s=60),
-    RunSpec(name="ours-1x1-b", group="B", system="ours", requests=(512, 1024), estimate_s=80),
-    RunSpec(name="vllm-pp2", group="B", system="vllm", stages=2, requests=(512,), estimate_s=140),
-    RunSpec(name="vllm-tp2", group="B", system="vllm", tp=2, sizes=(1,), requests=(512,), estimate_s=150),
+    RunSpec(name="ours-2x1", group="B", system="ours", stages=2, requests=(512, 1024), estimate_s=50),
+    RunSpec(name="ours-1x2", group="B", system="ours", tp=2, sizes=(1,), requests=(512,), estimate_s=40),
+    RunSpec(name="ours-1x1-b", group="B", system="ours", requests=(512, 1024), estimate_s=70),
+    RunSpec(name="vllm-pp2", group="B", system="vllm", stages=2, requests=(512,), estimate_s=120),
+    RunSpec(name="vllm-tp2", group="B", system="vllm", tp=2, sizes=(1,), requests=(512,), estimate_s=140),
     RunSpec(
         name="ours-4x1",
         group="C",

@@ -99,6 +99,22 @@ def test_shares_and_ratios_of_four_stages(rows: Any) -> None:
     assert found["the same: scheduler CPU per token"].value == 4.0
 
 
+def test_two_stages_are_held_against_the_larger_figure_of_one_gpu(rows: Any) -> None:
+    load = throughput(1024, 17_000.0, router_cpu_us_per_token=7.2, router_cpu_ms_per_step=1.9)
+    runs = {
+        "ours-2x1": [engine([["nccl", ""], ["nccl", ""]]), load],
+        "ours-1x1": [engine([["local", ""]]), throughput(512, 9_000.0), throughput(2048, 9_500.0)],
+    }
+    found = table(rows, "B", runs)
+    ratio = found["2 stages, 1,024 requests, over our one GPU"]
+    assert ratio.value == pytest.approx(17 / 9.5)
+    assert ratio.runs == ("ours-2x1", "ours-1x1")
+    cost = found["the same: scheduler CPU per token"]
+    assert (cost.value, cost.target) == (7.2, None)
+    runs["ours-1x1-b"] = [engine([["local", ""]]), throughput(1024, 10_000.0)]
+    assert table(rows, "B", runs)[ratio.name].value == pytest.approx(1.7)
+
+
 def test_rows_of_runs_that_were_not_made_say_so(rows: Any) -> None:
     for group in "ABCD":
         for row in rows.rows_of_group(group, rows.Runs({})):
