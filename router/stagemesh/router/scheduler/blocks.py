@@ -70,20 +70,21 @@ class BlockPool:
         if begin >= 0:
             self._claimed[begin : begin + room] = False
 
-    def take(self, count: int, first: int = -1) -> Blocks:
+    def take(self, count: int, first: int = -1) -> list[int]:
         """Hand out `count` blocks; the caller has seen that they are there.
 
         Args:
             count: At most `num_free`.
             first: Where they should begin, if all of that run is free; -1 for anywhere.
         """
-        self._make_room(count)
+        if self._num_free < count:
+            self._make_room(count)
         if first >= 0 and first + count < len(self._free) and self._free[first : first + count].all():
-            blocks = np.arange(first, first + count)
+            blocks = list(range(first, first + count))
+            self._free[first : first + count] = False
+            self._owners[first : first + count] = 1
         else:
-            blocks = np.array([self._pop() for _ in range(count)], np.int64)
-        self._free[blocks] = False
-        self._owners[blocks] = 1
+            blocks = [self._pop() for _ in range(count)]
         self._num_free -= count
         return blocks
 
@@ -97,8 +98,8 @@ class BlockPool:
         blocks = last + 1
         follows = self._free[blocks]
         self._free[blocks[follows]] = False
+        self._owners[blocks[follows]] = 1
         blocks[~follows] = [self._pop() for _ in range(len(last) - int(np.count_nonzero(follows)))]
-        self._owners[blocks] = 1
         self._num_free -= len(last)
         return blocks
 
@@ -112,19 +113,25 @@ class BlockPool:
             del self._kept[block]
         self._owners[blocks] += 1
 
-    def publish(self, key: bytes, block: int) -> None:
-        """An owned block now holds a prefix that steps made from now on may share."""
-        self._index.publish(key, block)
+    def publish(self, keys: list[bytes], blocks: list[int]) -> None:
+        """Owned blocks now hold prefixes, by their keys, that steps made from now on may share."""
+        self._index.publish(keys, blocks)
 
     def give_back(self, blocks: Blocks) -> None:
-        """The owner is done with them. Steps in flight may still write them: a later owner's come after."""
-        assert (self._owners[blocks] > 0).all()
-        self._owners[blocks] -= 1
-        left = blocks[self._owners[blocks] == 0].tolist()
-        kept = [block for block in left if block in self._index]
+        """Their owners are done with them. Steps in flight may still write them: a later owner's come after.
+
+        Args:
+            blocks: Those of each owner in the order of its positions; a shared one once for each owner that leaves.
+        """
+        np.subtract.at(self._owners, blocks, 1)
+        owners = self._owners[blocks]
+        assert (owners >= 0).all()
+        left = blocks[owners == 0].tolist()
+        known = self._index.blocks
         # The end of a prefix is worth less than its beginning, so it is the first to go.
-        self._kept.update(dict.fromkeys(reversed(kept)))
-        self._set_free([block for block in left if block not in self._index] if kept else left)
+        self._kept.update(dict.fromkeys(block for block in reversed(left) if block in known))
+        # What is not known was never shared, so it is here once.
+        self._set_free([block for block in left if block not in known])
 
     def _make_room(self, count: int) -> None:
         assert count <= self.num_free
@@ -138,11 +145,12 @@ class BlockPool:
     def _set_free(self, blocks: list[int]) -> None:
         if not blocks:
             return
-        self._free[blocks] = True
+        freed = np.array(blocks)
+        self._free[freed] = True
         self._num_free += len(blocks)
-        fresh = [block for block in blocks if not self._on_stack[block]]
+        fresh = freed[~self._on_stack[freed]]
         self._on_stack[fresh] = True
-        self._stack += fresh
+        self._stack += fresh.tolist()
 
     def _pop(self) -> int:
         passed_over: list[int] = []
@@ -160,4 +168,5 @@ class BlockPool:
                 self._stack += passed_over[::-1]
                 self._on_stack[block] = False
                 self._free[block] = False
+                self._owners[block] = 1
                 return block

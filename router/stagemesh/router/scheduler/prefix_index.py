@@ -6,6 +6,7 @@ prefixes from the first token on. Only full blocks are known.
 
 from __future__ import annotations
 
+from collections.abc import KeysView
 from hashlib import blake2b
 
 import numpy as np
@@ -15,9 +16,14 @@ DIGEST_BYTES = 16
 Tokens = npt.NDArray[np.uint32]
 
 
-def block_key(parent: bytes, tokens: Tokens) -> bytes:
-    """The key of a full block of `tokens` that follows the block with key `parent` (b"" for the first)."""
-    return blake2b(tokens.tobytes(), digest_size=DIGEST_BYTES, key=parent).digest()
+def block_keys(parent: bytes, tokens: Tokens, block_size: int) -> list[bytes]:
+    """The key of each full block of `tokens`, which follow the block with key `parent` (b"" for none)."""
+    keys, data, size = [], tokens.tobytes(), block_size * tokens.itemsize
+    for begin in range(0, len(data) - size + 1, size):
+        # A first block has no parent, so what it hashes is shorter than that of any other.
+        parent = blake2b(parent + data[begin : begin + size], digest_size=DIGEST_BYTES).digest()
+        keys.append(parent)
+    return keys
 
 
 class PrefixIndex:
@@ -28,29 +34,31 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._key_of
+    @property
+    def blocks(self) -> KeysView[int]:
+        """Every block whose prefix is known."""
+        return self._key_of.keys()
 
     def match(self, tokens: Tokens) -> tuple[list[int], list[bytes]]:
         """Blocks that hold the longest known prefix, and their keys. It ends before the last token, which is
         always computed: it gives the first logits, and a shared block is never written."""
         blocks: list[int] = []
         keys: list[bytes] = []
-        parent = b""
         for begin in range(0, len(tokens) - self._block_size, self._block_size):
-            parent = block_key(parent, tokens[begin : begin + self._block_size])
-            block = self._block_of.get(parent)
+            unknown = tokens[begin : begin + self._block_size]
+            keys += block_keys(keys[-1] if keys else b"", unknown, self._block_size)
+            block = self._block_of.get(keys[-1])
             if block is None:
-                break
+                return blocks, keys[:-1]
             blocks.append(block)
-            keys.append(parent)
         return blocks, keys
 
-    def publish(self, key: bytes, block: int) -> None:
-        """From the next step on others may share the block. The first to publish a prefix keeps it."""
-        if key not in self._block_of and block not in self._key_of:
-            self._block_of[key] = block
-            self._key_of[block] = key
+    def publish(self, keys: list[bytes], blocks: list[int]) -> None:
+        """From the next step on others may share the blocks. The first to publish a prefix keeps it."""
+        for key, block in zip(keys, blocks, strict=True):
+            if key not in self._block_of and block not in self._key_of:
+                self._block_of[key] = block
+                self._key_of[block] = key
 
     def forget(self, block: int) -> None:
         """The block will hold something else."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from stagemesh.router.scheduler.blocks import BlockPool
 from stagemesh.router.scheduler.limits import Limits
-from stagemesh.router.scheduler.prefix_index import block_key
+from stagemesh.router.scheduler.prefix_index import block_keys
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.slots import SlotColumns
 from stagemesh.router.scheduler.step import Changes
@@ -66,7 +66,7 @@ class Running:
             self.pool.share(shared)
             self.slots.tables[sequence.slot, : len(blocks)] = shared
             self.slots.num_blocks[sequence.slot] = len(blocks)
-            self.changes.appended.append((np.full(len(blocks), sequence.slot), shared))
+            self.changes.append([sequence.slot] * len(blocks), blocks)
         if not sequence.num_preemptions:
             sequence.num_cached = sequence.first_position
             self.num_prompt_tokens += len(sequence.to_prefill)
@@ -80,7 +80,7 @@ class Running:
         blocks = self.pool.take_next(self.slots.tables[slots, have - 1])
         self.slots.tables[slots, have] = blocks
         self.slots.num_blocks[slots] = have + 1
-        self.changes.appended.append((slots, blocks))
+        self.changes.append(slots.tolist(), blocks.tolist())
 
     def grow(self, sequence: Sequence) -> bool:
         """One more block for a decoding sequence; if there is none, somebody yields, it itself perhaps."""
@@ -88,12 +88,12 @@ class Running:
             self.ask_to_yield(self.victim())
         if sequence.slot < 0 or not self.slots.decoding[sequence.slot] or not self.pool.num_free:
             return False
-        self.append(sequence, 1)
+        self._append(sequence, int(self.slots.num_blocks[sequence.slot]), 1)
         return True
 
-    def chunk(self, sequence: Sequence, most: int) -> int:
-        """Positions of its next chunk, `most` at most, with blocks for them; 0 if there are no blocks now."""
-        position = int(self.slots.position[sequence.slot])
+    def chunk(self, sequence: Sequence, position: int, most: int) -> int:
+        """Positions of its next chunk, from `position` on, `most` at most, with blocks for them; 0 if there are no
+        blocks now."""
         size = self.limits.block_size
         have = int(self.slots.num_blocks[sequence.slot])
         room = have * size - position
@@ -104,64 +104,56 @@ class Running:
         count = min(len(sequence.to_prefill) - position, most, room + self.pool.num_free * size)
         needed = -(-(position + count) // size) - have
         if needed > 0:
-            self.append(sequence, needed)
+            self._append(sequence, have, needed)
         return count
 
-    def append(self, sequence: Sequence, count: int) -> None:
-        """`count` more blocks; the caller has seen that they are there."""
+    def _append(self, sequence: Sequence, have: int, count: int) -> None:
+        """`count` blocks more than it has; the caller has seen that they are there."""
         slot = sequence.slot
-        have = int(self.slots.num_blocks[slot])
         owned = have - sequence.first_position // self.limits.block_size
         first = int(self.slots.tables[slot, have - 1]) + 1 if owned else sequence.claim
         blocks = self.pool.take(count, first)
         self.slots.tables[slot, have : have + count] = blocks
         self.slots.num_blocks[slot] = have + count
-        self.changes.appended.append((np.full(count, slot), blocks))
+        self.changes.append([slot] * count, blocks)
 
     def _claim_room(self, sequence: Sequence) -> int:
         return -(-sequence.request.num_positions // self.limits.block_size)
 
     # Sharing
 
-    def publish(self, sequence: Sequence, known: npt.NDArray[np.uint32]) -> None:
-        """Make its full blocks known: those whose tokens are `known` and computed by steps already made."""
+    def publish(self, sequence: Sequence, position: int, known: npt.NDArray[np.uint32]) -> None:
+        """Make its full blocks known: those whose tokens are `known` and computed, by steps already made, up to
+        `position`."""
         size, keys = self.limits.block_size, sequence.keys
-        computed = min(int(self.slots.position[sequence.slot]), len(known)) // size
-        if len(keys) < computed:
-            blocks = self.slots.tables[sequence.slot, len(keys) : computed].tolist()
-            for index, block in enumerate(blocks, len(keys)):
-                key = block_key(keys[-1] if index else b"", known[index * size : (index + 1) * size])
-                keys.append(key)
-                self.pool.publish(key, block)
+        first, end = len(keys), min(position, len(known)) // size
+        if first < end:
+            more = block_keys(keys[-1] if keys else b"", known[first * size : end * size], size)
+            self.pool.publish(more, self.slots.tables[sequence.slot, first:end].tolist())
+            keys += more
 
     # Leaving
 
-    def vacate(self, sequence: Sequence) -> None:
-        """Its slot and blocks are free; the stages hear of it in the next step.
+    def vacate(self, sequences: list[Sequence]) -> None:
+        """Their slots and blocks are free; the stages hear of it in the next step.
 
-        What it generated becomes known to the prefix cache now, when its tokens have come back, and not block by
-        block: whoever could use it comes later.
+        What they generated becomes known to the prefix cache now, when their tokens have come back, and not block
+        by block: whoever could use it comes later.
         """
-        slot = sequence.slot
-        self.backlog -= max(len(sequence.to_prefill) - int(self.slots.position[slot]), 0)
-        if self.limits.prefix_cache:
-            full = int(self.slots.position[slot]) // self.limits.block_size
-            if full > len(sequence.keys) and len(generated := sequence.token_ids):
-                self.publish(sequence, np.concatenate((sequence.request.prompt, generated)))
-        self.pool.give_back(self.slots.tables[slot, : self.slots.num_blocks[slot]])
-        self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
-        sequence.claim = -1
-        self.slots.vacate(sequence)
-        changes = self.changes
-        if sequence in changes.admitted:  # the stages have not heard of it yet
-            changes.admitted.remove(sequence)
-        if changes.appended:
-            changes.appended = [
-                (slots[slots != slot], blocks[slots != slot]) for slots, blocks in changes.appended
-            ]
-        changes.released.append(slot)
-        self.prefilling.pop(sequence.order, None)
-        self.yielding.pop(sequence.order, None)
+        slots = np.array([sequence.slot for sequence in sequences])
+        for sequence, position in zip(sequences, self.slots.position[slots].tolist(), strict=True):
+            self.backlog -= max(len(sequence.to_prefill) - position, 0)
+            if self.limits.prefix_cache and position // self.limits.block_size > len(sequence.keys):
+                self.publish(sequence, position, sequence.history)
+            self.pool.drop_claim(sequence.claim, self._claim_room(sequence))
+            sequence.claim = -1
+            self.prefilling.pop(sequence.order, None)
+            self.yielding.pop(sequence.order, None)
+        counts = self.slots.num_blocks[slots]
+        tables = self.slots.tables[slots, : counts.max()]
+        self.pool.give_back(tables[np.arange(tables.shape[1]) < counts[:, None]])
+        self.changes.release(slots.tolist())
+        self.slots.vacate(slots)
 
     def victim(self) -> Sequence:
         """Who yields: the lowest priority, and of those the youngest."""
@@ -181,8 +173,8 @@ class Running:
     def yield_idle(self) -> None:
         """Those who were asked to yield leave once nothing of theirs is in flight."""
         for sequence in [one for one in self.yielding.values() if self.slots.steps_in_flight[one.slot] == 0]:
-            self.vacate(sequence)
-            sequence.to_prefill = np.concatenate((sequence.request.prompt, sequence.token_ids))
+            self.vacate([sequence])
+            sequence.to_prefill = sequence.history
             sequence.num_preemptions += 1
             self.num_preemptions += 1
             self._on_yielded(sequence)

@@ -115,19 +115,15 @@ class Scheduler:
         sequence = self._live.get(request_id)
         if sequence is None:
             return StepDeltas()
-        self._finish(sequence, Finish.ABORT)
-        return StepDeltas(ends=((sequence, Finish.ABORT),))
+        return self._finish([(sequence, Finish.ABORT)])
 
     def expire(self, now: float) -> StepDeltas:
         """End every request whose deadline has passed; to be called before `next_step`, so that none of them
         costs another step. Their blocks are free at once."""
-        ends = []
+        passed = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heappop(self._deadlines)[2]
-            if sequence.finish is None:
-                self._finish(sequence, Finish.DEADLINE)
-                ends.append((sequence, Finish.DEADLINE))
-        return StepDeltas(ends=tuple(ends))
+            passed.append(heappop(self._deadlines)[2])
+        return self._finish([(one, Finish.DEADLINE) for one in passed if one.finish is None])
 
     def _watch_deadline(self, sequence: Sequence) -> None:
         """Most end long before it: they are dropped when they are the greater part, lest they pile up."""
@@ -170,9 +166,9 @@ class Scheduler:
                 ends.append((sequences[row], Finish.STOP))
             elif not left[row]:
                 ends.append((sequences[row], Finish.LENGTH))
-        for sequence, finish in ends:
-            self._finish(sequence, finish)
-            self._ended_at.append(now)
+        if ends:
+            self._finish(ends)
+            self._ended_at.extend([now] * len(ends))
         if self.running.yielding:
             self.running.yield_idle()
         return StepDeltas(sequences=sequences, slots=slots, token_ids=token_ids, ends=tuple(ends))
@@ -361,7 +357,7 @@ class Scheduler:
             nonlocal tokens
             position = int(running.slots.position[sequence.slot])
             most = min(tokens, allowance.most(position, len(sequence.to_prefill) - position))
-            count = running.chunk(sequence, most) if most > 0 else 0
+            count = running.chunk(sequence, position, most) if most > 0 else 0
             if count:
                 chunks.append((sequence, count))
                 allowance.spend(position, count)
@@ -423,17 +419,21 @@ class Scheduler:
             position = int(columns.position[sequence.slot])
             tokens.append(sequence.to_prefill[position : position + count])
             ends.append(position + count == len(sequence.to_prefill))
-        slots = np.r_[decodes, np.array([sequence.slot for sequence, _ in prefills], np.int64)]
+        num_decodes, num_rows = len(decodes), len(decodes) + len(prefills)
+        slots, counts = np.empty(num_rows, np.int64), np.ones(num_rows, np.int64)
+        input_steps, sample = np.zeros(num_rows, np.uint64), np.ones(num_rows, np.bool_)
+        slots[:num_decodes], input_steps[:num_decodes] = decodes, inputs
+        slots[num_decodes:] = [sequence.slot for sequence, _ in prefills]
+        counts[num_decodes:] = [count for _, count in prefills]
+        sample[num_decodes:] = ends
         return Step(
             number=number,
             changes=self.running.take_changes(),
             slots=slots,
-            counts=np.r_[
-                np.ones(len(decodes), np.int64), np.array([count for _, count in prefills], np.int64)
-            ],
-            input_steps=np.r_[inputs, np.zeros(len(prefills), np.int64)].astype(np.uint64),
+            counts=counts,
+            input_steps=input_steps,
             tokens=tokens,
-            sample=np.r_[np.ones(len(decodes), np.bool_), np.array(ends, np.bool_)],
+            sample=sample,
             sequences=columns.sequences[slots],
             tenancies=columns.tenancy[slots],
             num_decodes=len(decodes),
@@ -448,7 +448,8 @@ class Scheduler:
         self._sampled[step.number] = sampled
         self._sampled.pop(step.number - ROWS_KEPT, None)
         starts = columns.position[slots]
-        columns.position[slots] = starts + step.counts
+        positions = starts + step.counts
+        columns.position[slots] = positions
         columns.steps_in_flight[slots] += 1
         columns.unseen[sampled] += 1
         columns.last_step[sampled] = step.number
@@ -461,15 +462,17 @@ class Scheduler:
             int(step.input_steps.max()) if decodes else 0,
             now,
         )
-        for sequence in step.sequences[decodes:]:
+        if not step.tokens:
+            return
+        prefills = step.sequences[decodes:].tolist()
+        for sequence, position in zip(prefills, positions[decodes:].tolist(), strict=True):
             sequence.prefill_steps.append(step.number)
             if self.limits.prefix_cache:
-                self.running.publish(sequence, sequence.to_prefill)
-        if step.tokens:
-            columns.decoding[sampled] = True
-            self.running.backlog -= int(step.counts[decodes:].sum())
-            for sequence in step.sequences[decodes:][step.sample[decodes:]]:
+                self.running.publish(sequence, position, sequence.to_prefill)
+            if position == len(sequence.to_prefill):
                 self.running.prefilling.pop(sequence.order, None)
+        columns.decoding[sampled] = True
+        self.running.backlog -= int(step.counts[decodes:].sum())
 
     def _intervals(self, slots: Int64, now: float) -> npt.NDArray[np.float64]:
         """Seconds since the last token of each, of those that had one."""
@@ -484,15 +487,17 @@ class Scheduler:
         self._waiting_positions += len(sequence.to_prefill)
         insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
 
-    def _finish(self, sequence: Sequence, finish: Finish) -> None:
-        sequence.finish = finish
-        del self._live[sequence.request.request_id]
-        if sequence.slot >= 0:
-            self.running.vacate(sequence)
-        else:
-            self.running.backlog -= len(sequence.to_prefill)
-            self._waiting_positions -= len(sequence.to_prefill)
-            self._waiting.remove(sequence)
+    def _finish(self, ends: list[tuple[Sequence, Finish]]) -> StepDeltas:
+        for sequence, finish in ends:
+            sequence.finish = finish
+            del self._live[sequence.request.request_id]
+            if sequence.slot < 0:
+                self.running.backlog -= len(sequence.to_prefill)
+                self._waiting_positions -= len(sequence.to_prefill)
+                self._waiting.remove(sequence)
+        if running := [sequence for sequence, _ in ends if sequence.slot >= 0]:
+            self.running.vacate(running)
+        return StepDeltas(ends=tuple(ends))
 
     def _retry_after_s(self, now: float) -> float:
         """Until about a tenth of the queue has got on, at the pace at which requests ended lately."""

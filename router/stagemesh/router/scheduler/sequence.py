@@ -56,6 +56,11 @@ class Sequence:
         return np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _ in self._parts())])
 
     @property
+    def history(self) -> Tokens:
+        """Its prompt and `token_ids`."""
+        return np.concatenate([self.request.prompt, *(tokens for tokens, _ in self._parts())])
+
+    @property
     def num_generated(self) -> int:
         """Of `token_ids`."""
         return sum(len(tokens) for tokens, _ in self._parts())

@@ -25,16 +25,13 @@ class SlotColumns:
         self.tenancy = np.zeros(max_slots, np.int64)
         """A new number for each admission: a step's rows are of the tenancy it was made in."""
         self.decoding = np.zeros(max_slots, np.bool_)
-        self.position = np.zeros(max_slots, np.int64)
-        """Computed by steps made so far."""
+        self._counts = np.zeros((5, max_slots), np.int64)
+        """What starts from 0."""
+        self.position, self.num_blocks, self.unseen, self.steps_in_flight, self.last_step = self._counts
+        """Positions computed by steps made so far, KV blocks, tokens sampled by steps whose result is not here, steps
+        in flight, and the last step that sampled it."""
         self.end_position = np.zeros(max_slots, np.int64)
-        self.num_blocks = np.zeros(max_slots, np.int64)
         self.tables = np.zeros((max_slots, max_blocks), np.int64)
-        self.unseen = np.zeros(max_slots, np.int64)
-        """Sampled by steps whose result is not here."""
-        self.steps_in_flight = np.zeros(max_slots, np.int64)
-        self.last_step = np.zeros(max_slots, np.int64)
-        """That sampled it."""
         self.tokens_left = np.zeros(max_slots, np.int64)
         """Until max_tokens, of those that came back."""
         self.last_token_at = np.zeros(max_slots)
@@ -51,29 +48,26 @@ class SlotColumns:
         sequence.slot = slot
         self.sequences[slot] = sequence
         self.tenancy[slot] = self._num_tenancies
-        self.decoding[slot] = False
-        self.position[slot] = 0
+        self._counts[:, slot] = 0
         self.end_position[slot] = sequence.request.num_positions
-        self.num_blocks[slot] = 0
-        self.unseen[slot] = 0
-        self.steps_in_flight[slot] = 0
-        self.last_step[slot] = 0
         self.last_token_at[slot] = 0.0
-        self.tokens_left[slot] = sequence.request.max_tokens - sequence.num_generated
+        generated = sequence.num_generated if sequence.num_preemptions else 0
+        self.tokens_left[slot] = sequence.request.max_tokens - generated
         # Sequences that started together would all be full, and put away, in the same step.
         self._first[slot] = self._filled[slot] = slot % TOKENS_KEPT
         sequence.buffer = lambda: self._buffer(slot)
 
-    def vacate(self, sequence: Sequence) -> None:
-        """Take its slot; what its buffer holds is put away with it."""
-        slot = sequence.slot
-        self._put_away(slot)
-        sequence.buffer = None
-        sequence.slot = -1
-        self.sequences[slot] = None
-        self.tenancy[slot] = 0
-        self.decoding[slot] = False
-        self.free.append(slot)
+    def vacate(self, slots: Int64) -> None:
+        """Take them from their sequences; what their buffers hold is put away with each."""
+        leaving = self.sequences[slots].tolist()
+        self._put_away(slots)
+        for sequence in leaving:
+            sequence.buffer = None
+            sequence.slot = -1
+        self.sequences[slots] = None
+        self.tenancy[slots] = 0
+        self.decoding[slots] = False
+        self.free += slots.tolist()
 
     def append(self, slots: Int64, tokens: npt.NDArray[np.uint32], number: int) -> None:
         """A token for each of these slots, sampled by step `number`."""
@@ -82,15 +76,18 @@ class SlotColumns:
         self._steps[slots, filled] = number
         filled += 1
         self._filled[slots] = filled
-        for slot in slots[filled == TOKENS_KEPT].tolist():
-            self._put_away(slot)
+        full = slots[filled == TOKENS_KEPT]
+        if len(full):
+            self._put_away(full)
 
     def _buffer(self, slot: int) -> tuple[npt.NDArray[np.uint32], Int64]:
         part = slice(int(self._first[slot]), int(self._filled[slot]))
         return self._tokens[slot, part], self._steps[slot, part]
 
-    def _put_away(self, slot: int) -> None:
-        tokens, steps = self._buffer(slot)
-        if len(tokens):
-            self.sequences[slot].chunks.append((tokens.copy(), steps.copy()))
-        self._first[slot] = self._filled[slot] = 0
+    def _put_away(self, slots: Int64) -> None:
+        columns = (slots, self._first[slots], self._filled[slots])
+        for slot, first, filled in zip(*(column.tolist() for column in columns), strict=True):
+            if filled > first:
+                tokens, steps = self._tokens[slot, first:filled], self._steps[slot, first:filled]
+                self.sequences[slot].chunks.append((tokens.copy(), steps.copy()))
+        self._first[slots] = self._filled[slots] = 0

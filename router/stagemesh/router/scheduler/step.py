@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,8 +22,26 @@ class Changes:
     released: list[int] = field(default_factory=list)
     """Slots."""
     admitted: list[Sequence] = field(default_factory=list)
-    appended: list[tuple[Int64, Int64]] = field(default_factory=list)
-    """(slots, blocks): columns of equal length."""
+    append_slots: list[int] = field(default_factory=list)
+    append_blocks: list[int] = field(default_factory=list)
+    """A block for each of `append_slots`."""
+
+    def append(self, slots: Iterable[int], blocks: list[int]) -> None:
+        """One more block for each of these slots."""
+        self.append_slots += slots
+        self.append_blocks += blocks
+
+    def release(self, slots: list[int]) -> None:
+        """Their sequences leave; what the stages have not heard of yet, they never will."""
+        left = set(slots)
+        if self.admitted:
+            self.admitted = [sequence for sequence in self.admitted if sequence.slot not in left]
+        if not left.isdisjoint(self.append_slots):
+            pairs = zip(self.append_slots, self.append_blocks, strict=True)
+            kept = [(slot, block) for slot, block in pairs if slot not in left]
+            self.append_slots = [slot for slot, _ in kept]
+            self.append_blocks = [block for _, block in kept]
+        self.released += slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +85,9 @@ def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:
         message.release_slots = pack(changes.released, U32)
     if changes.admitted:
         message.admissions.CopyFrom(_admissions(changes.admitted))
-    if changes.appended:
-        message.append_slots = pack(np.concatenate([slots for slots, _ in changes.appended]), U32)
-        message.append_blocks = pack(np.concatenate([blocks for _, blocks in changes.appended]), U32)
+    if changes.append_slots:
+        message.append_slots = pack(changes.append_slots, U32)
+        message.append_blocks = pack(changes.append_blocks, U32)
     if step.same_rows_as:
         message.same_rows_as = step.same_rows_as
         return message
