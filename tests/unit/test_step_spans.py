@@ -49,6 +49,7 @@ class Lane:
             sequences=np.empty(count, object),
             tenancies=np.zeros(count, np.int64),
             num_decodes=count,
+            newest_input=1,
         )
         traceparent = self.spans.step_sent(step)
         self.records.sent(step, 1_000 * number)

@@ -31,4 +31,4 @@ class EndTokens:
 
     def candidates(self, tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """[rows] where a token ends some request, not necessarily its own."""
-        return self._table[np.minimum(tokens, len(self._table) - 1)]
+        return self._table.take(tokens, mode="clip")

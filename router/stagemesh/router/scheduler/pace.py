@@ -156,9 +156,9 @@ class Pace:
         weights: Float64 = 1.0 + np.multiply(self._ratio, positions, dtype=np.float64)
         return weights
 
-    def share(self, positions: Int64) -> float:
-        """What one of the microbatches should weigh if these are all rows that decode."""
-        return (len(positions) + self._ratio * float(positions.sum())) / self.num_microbatches
+    def weight(self, positions: Int64) -> float:
+        """What these rows cost together, in the same terms."""
+        return len(positions) + self._ratio * float(positions.sum())
 
     def allowance(self, rows: int, context: int) -> Allowance:
         """What a step with these decodes may carry of prefill.

@@ -73,6 +73,8 @@ class Scheduler:
         self._number = 0
         self._in_flight: dict[int, Step] = {}
         self._sampled: dict[int, Int64] = {}
+        self._ones = np.ones(limits.max_slots, np.int64)
+        self._all = np.ones(limits.max_slots, np.bool_)
 
     # Events
 
@@ -135,7 +137,7 @@ class Scheduler:
     def take_result(self, number: int, token_ids: npt.NDArray[np.uint32], now: float) -> StepDeltas:
         """The tokens of the oldest unanswered step; returns what they mean for the requests."""
         step = self._in_flight.get(number)
-        sampled = int(np.count_nonzero(step.sample)) if step else 0
+        sampled = len(step.sampled_slots) if step else 0
         if step is None or sampled != len(token_ids):
             raise InvalidArgumentError(
                 f"{len(token_ids)} tokens came for step {number}; expected {sampled}", reason="BAD_RESULT"
@@ -161,7 +163,7 @@ class Scheduler:
         if self.pace.budget.has_target:
             self.pace.budget.observe(self._intervals(slots, now), now)
         ends = []
-        for row in np.flatnonzero((left == 0) | self._end_tokens.candidates(token_ids)).tolist():
+        for row in ((left == 0) | self._end_tokens.candidates(token_ids)).nonzero()[0].tolist():
             if int(token_ids[row]) in sequences[row].request.end_token_ids:
                 ends.append((sequences[row], Finish.STOP))
             elif not left[row]:
@@ -279,7 +281,7 @@ class Scheduler:
     def _pick_decodes(self) -> Int64:
         columns = self.running.slots
         unfinished = columns.decoding & (columns.position < columns.end_position)
-        total = np.flatnonzero(unfinished)
+        total = unfinished.nonzero()[0]
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
         self.pace.running(len(total), context, self._startable())
         ready = total[columns.unseen[total] <= self.limits.lookahead]
@@ -316,31 +318,31 @@ class Scheduler:
         columns, pace = self.running.slots, self.pace
         if pace.num_microbatches == 1 and len(ready) <= most:
             return ready
-        last = columns.last_step[ready]
+        last, positions = columns.last_step[ready], columns.position[ready]
+        share = pace.weight(columns.position[total]) / pace.num_microbatches
+        lightest = pace.weight(positions.min(keepdims=True))
+        slack = max(SLACK * share, lightest)
+        longest = last == last.min()
+        weighs = pace.weight(positions[longest])
+        if abs(weighs - share) <= slack:
+            together: Int64 = ready[longest][:most]
+            return together
         order = np.argsort(last, kind="stable")
         ready, last = ready[order], last[order]
-        weights = pace.row_weights(columns.position[ready])
-        sums = np.cumsum(weights)
-        share = pace.share(columns.position[total])
-        lightest = float(weights.min())
-        slack = max(SLACK * share, lightest)
-        together = int(np.searchsorted(last, last[0], side="right"))
-        if abs(sums[together - 1] - share) <= slack:
-            count = together
-        else:
-            count = max(int(np.searchsorted(sums, share + lightest / 2, side="right")), 1)
-            if sums[together - 1] < share / 8 and not self._prefill_waits:
-                # A few that are left over go with a whole group, or the same few would be left over again and again.
-                groups = np.flatnonzero(np.r_[last[1:] != last[:-1], True]) + 1
-                about = groups[np.abs(sums[groups - 1] - share) <= slack]
-                count = int(about[0]) if len(about) else count
-            if count > together:
-                free = (last == last[0]) | (columns.unseen[ready] == 0)
-                num_free = len(free) if free.all() else int(free.argmin())
-                # More groups than there should be in flight have to become fewer, at the price of a wait.
-                crowded = np.count_nonzero(last[1:] != last[:-1]) >= pace.num_microbatches
-                if count > num_free and sums[num_free - 1] >= share / 2 and not crowded:
-                    count = num_free
+        sums = np.cumsum(pace.row_weights(positions[order]))
+        count = max(int(np.searchsorted(sums, share + lightest / 2, side="right")), 1)
+        if weighs < share / 8 and not self._prefill_waits:
+            # A few that are left over go with a whole group, or the same few would be left over again and again.
+            groups = np.flatnonzero(np.r_[last[1:] != last[:-1], True]) + 1
+            about = groups[np.abs(sums[groups - 1] - share) <= slack]
+            count = int(about[0]) if len(about) else count
+        if count > np.count_nonzero(longest):
+            free = (last == last[0]) | (columns.unseen[ready] == 0)
+            num_free = len(free) if free.all() else int(free.argmin())
+            # More groups than there should be in flight have to become fewer, at the price of a wait.
+            crowded = np.count_nonzero(last[1:] != last[:-1]) >= pace.num_microbatches
+            if count > num_free and sums[num_free - 1] >= share / 2 and not crowded:
+                count = num_free
         return np.sort(ready[: min(count, most)])
 
     # Prefill
@@ -390,29 +392,24 @@ class Scheduler:
     def _make_step(self, number: int, decodes: Int64, prefills: list[tuple[Sequence, int]]) -> Step:
         columns = self.running.slots
         inputs = columns.last_step[decodes]
+        newest_input = int(inputs.max()) if len(decodes) else 0
         if not prefills:
-            same_rows_as = 0
-            candidate = int(inputs[0])
-            earlier = self._sampled.get(candidate)
-            if (
-                earlier is not None
-                and len(earlier) == len(decodes)
-                and (inputs == candidate).all()
-                and (earlier == decodes).all()
-            ):
-                same_rows_as = candidate
+            # What that step sampled has its token from it, unless a later one has sampled it since.
+            earlier = self._sampled.get(newest_input, decodes[:0])
+            same_rows = len(earlier) == len(decodes) and (earlier == decodes).all()
             return Step(
                 number=number,
                 changes=self.running.take_changes(),
                 slots=decodes,
-                counts=np.ones(len(decodes), np.int64),
+                counts=self._ones[: len(decodes)],
                 input_steps=inputs.astype(np.uint64),
                 tokens=[],
-                sample=np.ones(len(decodes), np.bool_),
+                sample=self._all[: len(decodes)],
                 sequences=columns.sequences[decodes],
                 tenancies=columns.tenancy[decodes],
                 num_decodes=len(decodes),
-                same_rows_as=same_rows_as,
+                newest_input=newest_input,
+                same_rows_as=newest_input if same_rows else 0,
             )
         tokens, ends = [], []
         for sequence, count in prefills:
@@ -437,12 +434,13 @@ class Scheduler:
             sequences=columns.sequences[slots],
             tenancies=columns.tenancy[slots],
             num_decodes=len(decodes),
+            newest_input=newest_input,
         )
 
     def _commit(self, step: Step, now: float) -> None:
         """The step will be sent: every column moves on as if it had run."""
         columns, slots, decodes = self.running.slots, step.slots, step.num_decodes
-        sampled = slots[step.sample] if step.tokens else slots
+        sampled = step.sampled_slots
         self._number = step.number
         self._in_flight[step.number] = step
         self._sampled[step.number] = sampled
@@ -459,7 +457,7 @@ class Scheduler:
             int(starts[:decodes].sum()) + decodes,
             starts[decodes:],
             step.counts[decodes:],
-            int(step.input_steps.max()) if decodes else 0,
+            step.newest_input,
             now,
         )
         if not step.tokens:

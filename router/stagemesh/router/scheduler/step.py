@@ -63,8 +63,15 @@ class Step:
     """Whose slot it was when the step was made: a row is its slot's only while these agree."""
     num_decodes: int
     """Rows whose input comes from an earlier step."""
+    newest_input: int
+    """The latest of those steps; 0 if there is none."""
     same_rows_as: int = 0
     """Above 0: the rows are those that step sampled."""
+
+    @property
+    def sampled_slots(self) -> Int64:
+        """Of the sampled rows, in row order; all are where no prompt is computed."""
+        return self.slots[self.sample] if self.tokens else self.slots
 
     @property
     def sampled_sequences(self) -> npt.NDArray[np.object_]:
@@ -74,7 +81,7 @@ class Step:
     @property
     def num_tokens(self) -> int:
         """Positions computed."""
-        return int(self.counts.sum())
+        return int(self.counts.sum()) if self.tokens else len(self.slots)
 
 
 def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:

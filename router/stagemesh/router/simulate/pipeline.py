@@ -22,14 +22,16 @@ TOKEN_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Of one step, virtual nanoseconds, [stages]."""
+    """Of one step, virtual nanoseconds."""
 
-    arrivals: Int64
+    arrival: int
     """Of the step itself; the same on all."""
     free: Int64
-    """When the stage had the step and nothing before it."""
+    """[stages] when the stage had the step and nothing before it."""
     begins: Int64
+    """[stages]"""
     ends: Int64
+    """[stages]"""
 
 
 class VirtualPipeline:
@@ -101,7 +103,7 @@ class VirtualPipeline:
         last = int(ends[-1])
         ring = self._ring.nanoseconds(TOKEN_BYTES * shape.rows) if self.num_stages > 1 else 0
         self._sampled_at.append(last + ring)
-        return StepTimes(np.broadcast_to(np.int64(arrival_ns), ends.shape), free, begins, ends)
+        return StepTimes(arrival_ns, free, begins, ends)
 
     @staticmethod
     def _before(costs: Int64, hops: Int64) -> Int64:

@@ -28,8 +28,9 @@ Int64 = npt.NDArray[np.int64]
 REPORT_NS = 250_000_000
 """Stages say so often where their time went, as real ones do ..."""
 LEARNING_NS = 20_000_000_000
-LEARNT_REPORT_NS = 2_500_000_000
-"""... and after LEARNING_NS so often: their costs do not change, and most of a long run would go into reports."""
+LEARNT_REPORT_NS = 10_000_000_000
+"""... and after LEARNING_NS so often: their costs do not change, the scheduler keeps no more than the last steps of a
+report, and most of a long run would go into reports."""
 NEVER = 1 << 62
 
 
@@ -123,12 +124,12 @@ class Simulation:
             step.number,
             StepShape(tokens=tokens, rows=rows, prefill=tokens - rows, context=context),
             now + self._spec.router.step,
-            int(step.input_steps.max()),
+            step.newest_input,
         )
         self._num_steps += 1
         self._num_rows += rows
         self._unreported.append((step.number, times))
-        sampled = self._request_of[step.slots if step.sample.all() else step.slots[step.sample]]
+        sampled = self._request_of[step.sampled_slots]
         self._in_flight.append(_Pending(step, now, int(times.ends[-1]) + self._spec.router.result, sampled))
 
     def _take_result(self, pending: _Pending, now: int) -> None:
@@ -167,15 +168,17 @@ class Simulation:
         if not done:
             return
         numbers = np.array([number for number, _ in done], np.int64)
-        arrivals, free, begins, ends = (
-            np.stack([getattr(times, name) for _, times in done])
-            for name in ("arrivals", "free", "begins", "ends")
+        arrivals = np.array([times.arrival for _, times in done], np.int64)
+        free, begins, ends = (
+            np.stack([getattr(times, name) for _, times in done], axis=1)
+            for name in ("free", "begins", "ends")
         )
-        zeros = np.zeros_like(arrivals)
-        # Columns: arrival, queue, wait, receive, compute, send.
-        times_ns = np.stack((arrivals, free - arrivals, begins - free, zeros, ends - begins, zeros), axis=2)
+        zeros = np.zeros(len(done), np.int64)
         for stage in range(self.pipeline.num_stages):
-            self.scheduler.take_timings(stage, numbers, times_ns[:, stage])
+            queue, wait = free[stage] - arrivals, begins[stage] - free[stage]
+            # Columns: arrival, queue, wait, receive, compute, send.
+            columns = (arrivals, queue, wait, zeros, ends[stage] - begins[stage], zeros)
+            self.scheduler.take_timings(stage, numbers, np.stack(columns, axis=1))
 
     def _result(self, end_ns: int, real_s: float) -> SimulationResult:
         requests = self._requests
