@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagemesh.router.scheduler.blocks import BlockPool
+from stagemesh.router.scheduler.prefix_index import block_keys
 
 BLOCK_SIZE = 4
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["take", "next", "give"]), st.integers(0, 100)), max_size=60)
@@ -71,3 +72,16 @@ def test_giving_back_what_is_free_is_a_bug() -> None:
     pool.give_back(blocks)
     with pytest.raises(AssertionError):
         pool.give_back(blocks)
+
+
+def test_all_owners_of_a_block_may_leave_together() -> None:
+    pool = BlockPool(4, BLOCK_SIZE)
+    tokens = np.arange(9, dtype=np.uint32)
+    first, second = pool.take(2), pool.take(1)
+    pool.publish(block_keys(b"", tokens, BLOCK_SIZE)[:1], first[:1])
+    pool.share(np.array(first[:1]))
+    pool.give_back(np.array([*first, first[0], *second]))
+    assert pool.num_free == 4
+    assert pool.match(tokens)[0] == first[:1]
+    assert sorted(pool.take(4)) == [0, 1, 2, 3]
+    assert pool.match(tokens)[0] == []
