@@ -149,7 +149,7 @@ RUNS: tuple[RunSpec, ...] = (
 
 
 def runs_of(groups: str, names: str = "") -> list[RunSpec]:
-    """The runs of groups ("A" or "A,B"), or those of them named ("ours-1x1,vllm-1x1").
+    """The runs of groups ("A" or "A,B"), or those of them named ("ours-1x1,vllm-1x1"), in that order.
 
     Raises:
         ValueError: A group or run that does not exist.
@@ -165,5 +165,6 @@ def runs_of(groups: str, names: str = "") -> list[RunSpec]:
         for name in chosen:
             if name not in [run.name for run in runs]:
                 raise ValueError(f"--runs {name}: group {groups} has {', '.join(run.name for run in runs)}")
-        runs = [run for run in runs if run.name in chosen]
+        by_name = {run.name: run for run in runs}
+        runs = [by_name[name] for name in chosen]
     return runs

@@ -38,7 +38,9 @@ def main() -> None:
                 options.shape, [options.batch], options.steps, options.out, dry_run=options.dry_run
             ).traces
         )
-        path = traces[options.batch]
+        path = traces.get(options.batch)
+        if path is None:
+            raise RuntimeError(f"no step of {options.batch} rows was traced")
         steps = steps_of(read_spans(path))
     except RuntimeError as error:
         report.add(
