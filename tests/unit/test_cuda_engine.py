@@ -440,3 +440,25 @@ def test_links_that_wait_for_each_other_are_broken_off_together(
     links.abort()
     assert time.monotonic() - began < 5
     assert not links.sends_ring
+
+
+def test_few_rows_are_summed_together_with_the_norm() -> None:
+    from stagemesh.stage.cuda.fused_reduce import FusedReducer
+
+    calls: list[int] = []
+
+    class Module:
+        def sum_add_norm(self, part: torch.Tensor, *others: Any) -> None:
+            calls.append(part.shape[0])
+
+    reducer = FusedReducer.__new__(FusedReducer)
+    reducer._module, reducer._group, reducer._fused_rows = Module(), RankGroup(), 8
+    reducer._workspace, reducer._crossovers = torch.zeros(7), []
+    residual, weight = torch.ones(16, 32), torch.ones(32)
+    for rows in (8, 9):
+        part = torch.ones(rows, 32)
+        reducer.sum_add_norm(part, residual[:rows], weight, 0.0, part)
+    assert calls == [8]
+    # Nine rows went the long way: the residual and the part are 2, their norm is 1.
+    assert torch.equal(residual[8], torch.full((32,), 2.0))
+    torch.testing.assert_close(part, torch.ones(9, 32))

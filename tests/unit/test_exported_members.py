@@ -18,7 +18,7 @@ FLAGS = {
     "up": """
         --admin --api-workers --block-size --config --cuda-graphs --debug-logits --device --dtype --gpus
         --head-share --heartbeat-timeout-s --insecure --max-graph-rows --max-step-tokens --nccl-links --no-cuda-graphs
-        --no-nccl-links --no-pdl --no-symmetric-memory --pdl --symmetric-memory
+        --fused-all-reduce --no-fused-all-reduce --no-nccl-links --no-pdl --no-symmetric-memory --pdl --symmetric-memory
         --event-log --itl-target-ms
         --kv-memory --linears --link-timeout-s --link-transport --listen --load-format --log-json --log-level --lookahead
         --max-context --max-in-flight --max-sequences --max-slots --max-waiting --memory-share --metrics

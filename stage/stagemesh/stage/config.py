@@ -50,6 +50,10 @@ class StageConfig(BaseModel):
     symmetric_memory: bool = Field(
         default=True, description="Ranks sum small tensors through memory they share over NVLink."
     )
+    fused_all_reduce: bool = Field(
+        default=False,
+        description="Ranks sum the products of a decode step in one kernel with the norm that follows.",
+    )
     nccl_links: bool = Field(default=True, description="Offer NCCL to neighbour stages.")
     max_slots: int = Field(
         default=512, ge=1, description="Sequences the stage holds at most, for each stage of its lane."

@@ -29,6 +29,7 @@ STAGE_OPTIONS = (
     "cuda_graphs",
     "pdl",
     "symmetric_memory",
+    "fused_all_reduce",
     "nccl_links",
     "max_slots",
     "threads",

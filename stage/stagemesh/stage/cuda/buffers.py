@@ -38,6 +38,15 @@ class StepBuffers:
     tokens: torch.Tensor
     """int32 [T]: as many rows as positions may be sampled, though logits exist for S at a time."""
 
+    def activated(self, rows: int) -> torch.Tensor:
+        """[rows, columns] for what becomes of so many rows of gate_up: behind them, or if there is no room in the place
+        of the gates. Of 256 rows the next product takes 5% longer there."""
+        columns = self.gate_up.shape[1] // 2
+        begin, size = rows * 2 * columns, rows * columns
+        if begin + size > self.gate_up.numel():
+            return self.gate_up[:rows, :columns]
+        return self.gate_up.flatten()[begin : begin + size].view(rows, columns)
+
 
 def make_buffers(
     config: ModelConfig,

@@ -24,9 +24,10 @@ from stagemesh.stage.cuda.workspace import most_splits
 
 PLAN_BYTES = 1 << 20
 """Of a plan: a few numbers for each tile of queries."""
-SPLIT_TOKENS = 512
-"""A decode graph that may split contexts does so from a context of this length: pieces of at least 128 tokens and their
-merge, which is a kernel of its own, must take less time than the whole."""
+MERGE_TOKENS = 400
+"""Tokens of a context that are read in the time that splitting and merging takes."""
+SATURATING_HEADS = 64
+"""Contexts times KV heads that, read side by side, take all the memory's bandwidth."""
 NON_CAUSAL, CAUSAL = 0, 1
 NHD = 0
 
@@ -82,8 +83,14 @@ class FlashInferAttention(DeviceAttention):
         return (False, True) if bucket <= self._most_splits else (False,)
 
     def variant(self, rows: RowPlan, bucket: int) -> bool:
-        longest = int(np.diff(rows.kv_begins).max()) * self.cache.block_size
-        return bucket <= self._most_splits and longest > SPLIT_TOKENS
+        # Whole, a step takes as long as its longest context, or as memory takes for all of them; split, the latter and
+        # a merge.
+        if bucket > self._most_splits:
+            return False
+        block_size = self.cache.block_size
+        longest = int(np.diff(rows.kv_begins).max()) * block_size
+        together = int(rows.kv_begins[-1]) * block_size * self.shape.num_kv_heads / SATURATING_HEADS
+        return longest > together + MERGE_TOKENS
 
     def plan(
         self, rows: RowPlan, slot: StagingSlot, *, bucket: int | None = None, split: bool = False

@@ -20,7 +20,7 @@ from stagemesh.stage.cuda.reduce import Reducer
 from stagemesh.stage.cuda.scratch import mlp_slices
 from stagemesh.stage.kernels.activation import silu_mul
 from stagemesh.stage.kernels.embedding import embed
-from stagemesh.stage.kernels.norm import add_rms_norm, gather_add_rms_norm, rms_norm
+from stagemesh.stage.kernels.norm import gather_add_rms_norm, rms_norm
 from stagemesh.stage.kernels.rope import rope_append
 
 Weights = dict[str, torch.Tensor]
@@ -133,29 +133,25 @@ class DeviceLlama:
         """What runs between two attentions: layer `index - 1` behind its own, layer `index` before its.
 
         Returns:
-            The sum that layer `index - 1` ends with, [T, hidden]; of the first section the residuals.
+            Of the last section the sum that the last layer ends with, [T, hidden]; else the residuals.
         """
-        summed = self._finish(self._layers[index - 1], num_tokens) if index else None
-        if index < len(self._layers):
-            self._begin(index, num_tokens, summed, cells, positions)
-        return self._buffers.residual[:num_tokens] if summed is None else summed
-
-    def _begin(
-        self,
-        index: int,
-        num_tokens: int,
-        summed: torch.Tensor | None,
-        cells: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> None:
-        layer, cache = self._layers[index], self._attention.cache
-        residual, normed = self._buffers.residual[:num_tokens], self._buffers.partial[:num_tokens]
-        if summed is None:
-            rms_norm(residual, layer.attn_norm, self._eps, normed, pdl=self._pdl)
+        residual, partial = self._buffers.residual[:num_tokens], self._buffers.partial[:num_tokens]
+        if index:
+            self._finish(self._layers[index - 1], num_tokens)
+        if index == len(self._layers):
+            return self._reducer.sum(partial)
+        norm = self._layers[index].attn_norm
+        if index:
+            self._reducer.sum_add_norm(partial, residual, norm, self._eps, partial, pdl=self._pdl)
         else:
-            add_rms_norm(summed, residual, layer.attn_norm, self._eps, normed, pdl=self._pdl)
-        qkv = self._buffers.qkv[:num_tokens]
-        torch.mm(normed, layer.qkv, out=qkv)
+            rms_norm(residual, norm, self._eps, partial, pdl=self._pdl)
+        self._project(index, num_tokens, cells, positions)
+        return residual
+
+    def _project(self, index: int, num_tokens: int, cells: torch.Tensor, positions: torch.Tensor) -> None:
+        """Queries, and keys and values to the cache, from the norm."""
+        cache, qkv = self._attention.cache, self._buffers.qkv[:num_tokens]
+        torch.mm(self._buffers.partial[:num_tokens], self._layers[index].qkv, out=qkv)
         rope_append(
             qkv,
             positions,
@@ -168,17 +164,18 @@ class DeviceLlama:
             pdl=self._pdl,
         )
 
-    def _finish(self, layer: LayerWeights, num_tokens: int) -> torch.Tensor:
+    def _finish(self, layer: LayerWeights, num_tokens: int) -> None:
+        """From the heads' output to this rank's part of what the layer ends with."""
         buffers = self._buffers
         residual, partial = buffers.residual[:num_tokens], buffers.partial[:num_tokens]
         torch.mm(buffers.attended[:num_tokens], layer.o, out=partial)
-        summed = self._reducer.sum(partial)
-        add_rms_norm(summed, residual, layer.mlp_norm, self._eps, partial, pdl=self._pdl)
+        self._reducer.sum_add_norm(partial, residual, layer.mlp_norm, self._eps, partial, pdl=self._pdl)
         for rows in mlp_slices(num_tokens, buffers.gate_up.shape[0]):
             gate_up = buffers.gate_up[: rows.stop - rows.start]
             torch.mm(partial[rows], layer.gate_up, out=gate_up)
-            torch.mm(silu_mul(gate_up, pdl=self._pdl), layer.down, out=partial[rows])
-        return self._reducer.sum(partial)
+            activated = buffers.activated(gate_up.shape[0])
+            silu_mul(gate_up, activated, pdl=self._pdl)
+            torch.mm(activated, layer.down, out=partial[rows])
 
     def logits(self, summed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """This rank's part of the logits of int32 rows [S], [S, vocab part]; last stage only."""

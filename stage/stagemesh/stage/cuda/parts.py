@@ -18,6 +18,7 @@ from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.device import CudaDevice, Stream
 from stagemesh.stage.cuda.engine import CudaEngine, EngineParts
 from stagemesh.stage.cuda.filtered import FilteredChoice
+from stagemesh.stage.cuda.fused_reduce import FusedReducer, load_module
 from stagemesh.stage.cuda.links import DeviceLinks, NcclLinks
 from stagemesh.stage.cuda.model import DeviceLlama
 from stagemesh.stage.cuda.reduce import Reducer, SharedReducer, time_on_device
@@ -157,8 +158,15 @@ def _reducer(
 ) -> Reducer:
     if group.size == 1 or not config.symmetric_memory:
         return Reducer(group)
+    module, reason = load_module(group, hidden, dtype) if config.fused_all_reduce else (None, "")
+    if reason:
+        log.warning("all-reduce: not in one kernel with the norm: %s", reason)
+    reducer: SharedReducer
     try:
-        reducer = SharedReducer(group, config.max_step_tokens, hidden, dtype, device)
+        if module is None:
+            reducer = SharedReducer(group, config.max_step_tokens, hidden, dtype, device)
+        else:
+            reducer = FusedReducer(group, config.max_step_tokens, hidden, dtype, device, module)
     except RuntimeError as error:
         log.warning("all-reduce: NCCL alone, the ranks cannot share memory: %s", error)
         return Reducer(group)

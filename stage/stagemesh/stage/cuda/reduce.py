@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from stagemesh.stage.group import RankGroup
+from stagemesh.stage.kernels.norm import add_rms_norm
 from stagemesh.stage.memory import MAX_SUMMED_ROWS
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 KINDS = ("one_shot", "two_shot", "nccl")
 MEASURED_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 REPEATS = 20
+
+TimeOf = Callable[[Callable[[], object]], float]
+"""Microseconds that a call takes on the device."""
 
 
 class Reducer:
@@ -39,6 +43,19 @@ class Reducer:
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of [T, hidden], a view of the buffer `partial`; perhaps in another buffer."""
         return self._group.all_reduce(part)
+
+    def sum_add_norm(
+        self,
+        part: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        *,
+        pdl: bool = False,
+    ) -> None:
+        """residual += the sum of part over the ranks; out = norm(residual). All [T, hidden]; out may be part."""
+        add_rms_norm(self.sum(part), residual, weight, eps, out, pdl=pdl)
 
     def sum_in_place(self, tensor: torch.Tensor) -> None:
         """The sum over the ranks in the tensor itself."""
@@ -85,7 +102,7 @@ class SharedReducer(Reducer):
                 return kind
         return "nccl"
 
-    def measure(self, cache: Path, time_of: Callable[[Callable[[], object]], float]) -> None:
+    def measure(self, cache: Path, time_of: TimeOf) -> None:
         """Find the crossovers, or take those of an earlier start on this machine.
 
         Args:
@@ -118,7 +135,7 @@ class SharedReducer(Reducer):
         dist.broadcast(tensor, src=0)
         return list(tensor.tolist())
 
-    def _measure(self, time_of: Callable[[Callable[[], object]], float]) -> list[int]:
+    def _measure(self, time_of: TimeOf) -> list[int]:
         """The index of the fastest kind at each of MEASURED_ROWS."""
         best = []
         for rows in MEASURED_ROWS:

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul(gate_up, out, width, out_width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -25,13 +25,12 @@ def _silu_mul(gate_up, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     # Rounded where a model computed operation by operation rounds.
     silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
     product = silu.to(tl.float32) * up.to(tl.float32)
-    tl.store(at, product.to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_width + columns, product.to(out.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
-    """[T, width] in the place of the gates: gate_up is [T, 2 * width], contiguous, the gate first."""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False) -> None:
+    """out [T, width] from gate_up [T, 2 * width], contiguous, the gate first; out may be the place of the gates."""
+    tokens, width = out.shape
     _silu_mul[(tokens, triton.cdiv(width, BLOCK))](
-        gate_up, width, BLOCK=BLOCK, num_warps=4, **pdl_options(pdl)
+        gate_up, out, width, out.stride(0), BLOCK=BLOCK, num_warps=4, **pdl_options(pdl)
     )
-    return gate_up[:, :width]
