@@ -101,7 +101,7 @@ async def _serve(config: RouterConfig) -> None:
         log.info("stopping")
     finally:
         on_ready(False)
-        requests.fail_all(
+        requests.close(
             UnavailableError("the router is shutting down", reason="SHUTTING_DOWN", retry_after_s=1.0)
         )
         await asyncio.sleep(0)

@@ -64,6 +64,8 @@ class Requests:
         self.num_failed = 0
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self._closed: StagemeshError | None = None
+        """Set for good when the router stops."""
         self._live: dict[str, LiveRequest] = {}
         self._ports: list[Port | None] = []
         self._by_slot = SlotTable()
@@ -99,6 +101,8 @@ class Requests:
         if self.draining:
             raise UnavailableError("the router is draining and takes no new requests", reason="DRAINING")
         request = live.request
+        if self._closed:
+            raise self._closed.of_request(request.request_id)
         self.lane.submit(request)
         self._live[request.request_id] = live
         live.port.live[live.handle] = live
@@ -124,8 +128,9 @@ class Requests:
             await asyncio.sleep(0.05)
         return len(self._live)
 
-    def fail_all(self, error: StagemeshError) -> None:
-        """End every live request with an error."""
+    def close(self, error: StagemeshError) -> None:
+        """End every live request with an error, and refuse with it those that are still on their way here."""
+        self._closed = error
         for live in list(self._live.values()):
             self._take_lost(live.request, error)
 

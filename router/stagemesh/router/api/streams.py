@@ -100,11 +100,6 @@ class Streams:
             stream.fail(error)
             self._end_span(stream)
 
-    def fail_all(self, error: StagemeshError) -> None:
-        """Every stream ends with an error."""
-        for handle, stream in list(self._live.items()):
-            self.fail(handle, error.of_request(stream.request.request_id))
-
     def _new_handle(self) -> int:
         """They are 32 bits on the way to the scheduler's side."""
         while True:
