@@ -144,6 +144,12 @@ def test_what_all_memory_would_not_hold_is_refused_as_a_router_does() -> None:
     assert result.num_finished == 9 - result.num_refused > 0
 
 
+def test_a_load_of_nothing_takes_no_time() -> None:
+    load = {"rate": 1, "duration": "0s", "prompt": {"fixed": 4}, "output": {"fixed": 3}}
+    result = simulate(parse({"stages": STAGES, "load": load, "router": {"client": 0}}, "test"))
+    assert (result.num_requests, result.stages[0].busy_share, result.stages[0].bubble_share) == (0, 0.0, 0.0)
+
+
 def test_a_shared_prefix_is_found() -> None:
     load = {"rate": 2, "requests": 8, "prompt": {"fixed": 64}, "output": {"fixed": 2}, "shared_prefix": 48}
     assert simulate(spec(load=load, lane={})).cached_share == pytest.approx(7 / 8 * 48 / 64)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 16
+WORTH = 1.005
+"""Gains below it are not spoken of."""
 HERE = "here"
 """--measure's word for this machine."""
 
@@ -296,9 +298,9 @@ def _block_bytes(config: ModelConfig, num_layers: int, itemsize: int) -> int:
 
 
 def _gain_note(proposal: Proposal, present: Proposal, whose: str) -> str:
-    if proposal.split == present.split:
-        return f"no split does better than {whose}"
     gain = present.slowest_s / proposal.slowest_s
+    if gain < WORTH:
+        return f"no split does better than {whose}"
     return f"the split equalizes the stages: {gain:.2f} times the throughput of {whose} while stages limit it"
 
 

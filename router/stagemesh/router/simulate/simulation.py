@@ -211,7 +211,7 @@ class Simulation:
             stages=tuple(
                 StageResult(
                     layers=layers,
-                    busy_share=float(one / end_ns),
+                    busy_share=float(one / max(end_ns, 1)),
                     bubble_share=bubble_share(float(one), self._active.total_ns),
                 )
                 for layers, one in zip(split, busy, strict=True)
