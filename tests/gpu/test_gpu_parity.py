@@ -75,6 +75,18 @@ def test_sixty_four_at_once(tps: tuple[int, ...], mesh_of: MeshOf, reference: Re
     assert max(len(step["rows"]) for step in mesh.steps()) > 16
 
 
+@pytest.mark.gpus(2)
+def test_sums_in_one_kernel_with_the_norm(mesh_of: MeshOf, reference: Reference) -> None:
+    """Few rows by one kernel, the prompts by two."""
+    flags = () if REHEARSAL else ("--fused-all-reduce",)
+    compare(mesh_of((2,), stage_flags=flags), reference, NUM_CONCURRENT, seed=10)
+
+
+def test_without_pdl(mesh_of: MeshOf, reference: Reference) -> None:
+    flags = () if REHEARSAL else ("--no-pdl",)
+    compare(mesh_of((1,), stage_flags=flags), reference, seed=11)
+
+
 def test_without_graphs(mesh_of: MeshOf, reference: Reference) -> None:
     flags = () if REHEARSAL else ("--no-cuda-graphs",)
     compare(mesh_of((1,), stage_flags=flags), reference, seed=2)
