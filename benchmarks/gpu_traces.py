@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from gpu_facts import read_facts
 from gpu_runs import RunLog, RunOptions, run_client, watched_mesh
 from gpu_specs import RunSpec
+from trace_steps import DROP, read_spans, steps_of
 
 SKIP = 12
 """Decode steps before the first traced one."""
@@ -25,7 +29,22 @@ class Traced:
     """By batch."""
     step_ms: dict[int, float]
     """As a client sees them, without a profiler, for each microbatch, by batch."""
-    kv_tokens: int
+    mean_context: dict[int, float]
+    """Tokens that a row of a traced step attends to, by batch."""
+    facts: dict[str, Any]
+    """Commit, time and GPUs of the run."""
+
+
+def mean_context(steps: int, sent: float, output_tokens: int) -> float:
+    """Of the rows of the traced steps: all requests run, the first of them since the load began.
+
+    Args:
+        steps: Traced ones.
+        sent: Steps that the load took; those above `output_tokens` went by until the last request ran.
+        output_tokens: Of each request.
+    """
+    ramp = max(0.0, sent - output_tokens)
+    return PROMPT_TOKENS + SKIP + DROP + (steps + ramp) / 2
 
 
 def trace_decode(
@@ -65,6 +84,7 @@ def trace_decode(
     even = ("--max-in-flight", str(stages)) if stages > 1 else ()
     options = RunOptions(out=out, vllm=None, bench_vllm=None, dry_run=dry_run, quick=True, mesh_options=even)
     log = RunLog(spec, options)
+    log.add({"measure": "facts", **read_facts().told()})
     os.environ["STAGEMESH_PROFILE"] = ";".join(
         [str(folder.resolve()), *(f"{batch}:{SKIP}:{steps}" for batch in batches)]
     )
@@ -91,14 +111,34 @@ def trace_decode(
     finally:
         del os.environ["STAGEMESH_PROFILE"]
         log.close()
+    return _traced(traces, log.lines, stages)
+
+
+def read_traced(folder: Path, batches: list[int], *, stages: int = 1) -> Traced:
+    """What an earlier run left in its output folder; of several ranks' traces the one whose process came last."""
+    lines = [json.loads(text) for text in (folder / "trace.jsonl").read_text().splitlines()]
+    found = {batch: sorted((folder / "traces").glob(f"rank-*-rows-{batch}.json.gz")) for batch in batches}
+    return _traced({batch: paths[-1] for batch, paths in found.items() if paths}, lines, stages)
+
+
+def _traced(traces: dict[int, Path], lines: list[dict[str, Any]], stages: int) -> Traced:
     # A sequence waits for the microbatches of all stages, so its step is as many times longer than a stage's.
     step_ms = {
         line["batch"] // stages: line["itl_ms_steady"] / stages
-        for line in log.lines
+        for line in lines
         if line["measure"] == "decode"
     }
-    kv_tokens = next(line["kv_tokens"] for line in log.lines if line["measure"] == "engine")
-    return Traced(traces, step_ms, kv_tokens)
+    loads = {line["requests"] // stages: line for line in lines if line["measure"] == "throughput"}
+    context = {
+        batch: mean_context(
+            len(steps_of(read_spans(path))),
+            loads[batch]["steps"] / stages,
+            loads[batch]["output_tokens"] // loads[batch]["requests"],
+        )
+        for batch, path in traces.items()
+    }
+    facts = next((line for line in lines if line["measure"] == "facts"), {})
+    return Traced(traces, step_ms, context, {key: value for key, value in facts.items() if key != "measure"})
 
 
 def _await(trace: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from gpu_facts import read_facts
 from gpu_traces import trace_decode
 from report import Report
-from trace_steps import gaps_us, quantile, read_spans, steps_of
+from trace_steps import gap_parts_us, gaps_us, quantile, read_spans, steps_of
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def main() -> None:
         path = traces.get(options.batch)
         if path is None:
             raise RuntimeError(f"no step of {options.batch} rows was traced")
-        steps = steps_of(read_spans(path))
+        spans = read_spans(path)
+        steps = steps_of(spans)
     except RuntimeError as error:
         report.add(
             "largest gap between device steps", None, "us", target=20, at_most=True, reference=str(error)
@@ -58,7 +59,8 @@ def main() -> None:
             "largest gap between device steps", max(gaps), "us", target=20, at_most=True, reference=told
         )
         report.add("p99 gap between device steps", quantile(gaps, 0.99), "us", target=20, at_most=True)
-        report.add("median gap between device steps", statistics.median(gaps), "us")
+        filled = ", ".join(f"{name} {value:.1f}" for name, value in gap_parts_us(spans, steps).items())
+        report.add("median gap between device steps", statistics.median(gaps), "us", reference=filled)
         times = [step.end - step.begin for step in steps]
         report.add("median time of a step on the device", statistics.median(times) / 1e3, "ms")
     report.finish()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +15,8 @@ from typing import Any
 
 MIN_KERNELS = 8
 """Of a graph replay; launches with fewer are a step's copies and what follows its graph."""
+DROP = 3
+"""Steps left out after the profiler's start, in which the pipeline of launches fills."""
 KINDS: tuple[tuple[str, str], ...] = (
     ("link", r"SendRecv|ncclDevKernel_(Send|Recv)"),
     ("all-reduce", r"nccl|one_shot|two_shot|multimem|all_?reduce|symm_mem"),
@@ -62,8 +66,8 @@ def read_spans(path: Path) -> list[Span]:
     return sorted(spans, key=lambda span: span.begin)
 
 
-def steps_of(spans: Sequence[Span], *, drop: int = 3) -> list[Step]:
-    """The steps, without the first ones, in which the pipeline of launches fills after the profiler's start."""
+def steps_of(spans: Sequence[Span], *, drop: int = DROP) -> list[Step]:
+    """The steps, without the first ones."""
     groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(span.correlation, []).append(span)
@@ -78,6 +82,25 @@ def steps_of(spans: Sequence[Span], *, drop: int = 3) -> list[Step]:
 def gaps_us(steps: Sequence[Step]) -> list[float]:
     """From the end of a step's last kernel to the begin of the next one's first; copies between count as gap."""
     return [max(0.0, later.begin - earlier.end) for earlier, later in pairwise(steps)]
+
+
+def gap_parts_us(spans: Sequence[Span], steps: Sequence[Step]) -> dict[str, float]:
+    """What fills a gap in the median: copies, waiting for them, and waiting after the last of them for the graph."""
+    begins = [span.begin for span in spans]
+    parts: dict[str, list[float]] = {"copies": [], "before copies": [], "after copies": []}
+    for earlier, later in pairwise(steps):
+        first, last = bisect_left(begins, earlier.end), bisect_left(begins, later.begin)
+        between = [span for span in spans[first:last] if span.correlation not in _numbers(earlier, later)]
+        copied = sum(span.end - span.begin for span in between)
+        copies_end = max((span.end for span in between), default=earlier.end)
+        parts["copies"].append(copied)
+        parts["before copies"].append(copies_end - earlier.end - copied)
+        parts["after copies"].append(later.begin - copies_end)
+    return {name: statistics.median(values) for name, values in parts.items()}
+
+
+def _numbers(*steps: Step) -> set[int]:
+    return {step.spans[0].correlation for step in steps}
 
 
 def quantile(values: Sequence[float], share: float) -> float:

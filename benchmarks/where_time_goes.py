@@ -4,7 +4,8 @@
 
 From a profiler trace of steps that a client's requests cause, through router and gRPC. A floor is the bytes that
 must move over the measured bandwidth of a copy, or for linears the operations over --tflops if that is longer.
-'control' is what a client sees of a step, without a profiler, beyond the device's own time.
+'control' is what a client sees of a step, without a profiler, beyond the device's own time; its sequences are
+shorter than those traced, so attention counts in proportion. `--from FOLDER` reads what an earlier run left there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_facts import read_facts
-from gpu_traces import PROMPT_TOKENS, SKIP, trace_decode
+from gpu_requests import DECODE_LENGTHS
+from gpu_traces import PROMPT_TOKENS, read_traced, trace_decode
 from report import Report
 from trace_steps import read_spans, steps_of, times_by_kind
 
@@ -28,6 +30,8 @@ LINK_GB_S = 317.0
 """cupy NCCL send and receive over NVLink at 64 MiB (architecture.md)."""
 ALL_REDUCE_GB_S = 329.0
 """Bus bandwidth of a large all-reduce on two GPUs."""
+CLIENT_CONTEXT = PROMPT_TOKENS + (DECODE_LENGTHS[1] + DECODE_LENGTHS[3]) / 2
+"""Tokens of a sequence in the mean over the steps whose time a client measures."""
 COPY = """\
 import torch
 source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda"); target = torch.empty_like(source)
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--tb-s", type=float, help="bandwidth of a copy; measured if not given")
     parser.add_argument("--tflops", type=float, default=790.0, help="of a large bf16 product on random data")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu")))
+    parser.add_argument("--from", dest="earlier", type=Path, metavar="FOLDER", help="no new run: its --out")
     parser.add_argument("--dry-run", action="store_true", help="tiny shape, CPU stage")
     options = parser.parse_args()
     batches = [int(text) for text in options.batches.split(",")]
@@ -116,20 +121,25 @@ def main() -> None:
         machine = Machine(
             tb_s=options.tb_s or (1.0 if options.dry_run else _copy_tb_s()), tflops=options.tflops
         )
-        traced = trace_decode(
-            shape,
-            batches,
-            options.steps,
-            options.out,
-            stages=options.stages,
-            tp=options.tp,
-            measure=True,
-            dry_run=options.dry_run,
+        traced = (
+            read_traced(options.earlier, batches, stages=options.stages)
+            if options.earlier
+            else trace_decode(
+                shape,
+                batches,
+                options.steps,
+                options.out,
+                stages=options.stages,
+                tp=options.tp,
+                measure=True,
+                dry_run=options.dry_run,
+            )
         )
     except (RuntimeError, subprocess.SubprocessError) as error:
         report.add("a step's time by kind", None, "us", reference=str(error)[-500:])
         report.finish()
         return
+    report.facts = traced.facts
     report.note(f"copy {machine.tb_s:.2f} TB/s, products {machine.tflops:.0f} TFLOP/s")
     table = ["| batch | kind | us a step | floor | over it |", "| --- | --- | --- | --- | --- |"]
     for batch in batches:
@@ -144,8 +154,9 @@ def main() -> None:
             continue
         times = times_by_kind(spans, steps)
         device_us = sum(times.values())
-        times["control"] = max(0.0, traced.step_ms.get(batch, 0.0) * 1e3 - device_us)
-        context = PROMPT_TOKENS + SKIP + options.steps / 2
+        context = traced.mean_context[batch]
+        shorter = times.get("attention", 0.0) * max(0.0, 1 - CLIENT_CONTEXT / context)
+        times["control"] = max(0.0, traced.step_ms.get(batch, 0.0) * 1e3 - (device_us - shorter))
         floors = floors_us(
             config, machine, batch=batch, context=context, stages=options.stages, tp=options.tp
         )
@@ -160,14 +171,16 @@ def main() -> None:
             f"batch {batch}: a step on the device",
             device_us / 1e3,
             "ms",
-            reference=f"{len(steps)} steps traced; a client sees {client_ms} ms without the profiler",
+            reference=f"{len(steps)} steps traced at {context:.0f} tokens of context; a client sees {client_ms} ms without "
+            f"the profiler at {CLIENT_CONTEXT:.0f}",
         )
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "where_time_goes.md").write_text("\n".join(table) + "\n")
     report.finish()
 
 
 def _copy_tb_s() -> float:
-    """Measured in a process of its own, which leaves the GPU's memory as it was."""
+    """TB/s, read and written; measured in a process of its own, which leaves the GPU's memory as it was."""
     done = subprocess.run(
         [sys.executable, "-c", COPY], capture_output=True, text=True, timeout=90, check=True
     )

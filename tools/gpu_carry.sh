@@ -26,11 +26,12 @@ for archive in ficache.tgz tritoncache.tgz; do
 done
 chmod -R u+w $out
 model=.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
-if [ -f $model ] && [ ! -d $out/model-1 ]; then
+first=30500000 # bytes: the rest fits a call with the sources, these one with the kit and the caches
+if [ -f $model ] && [ "$(stat -c %s $out/model-0/part 2> /dev/null)" != $first ]; then
     mkdir -p $out/model-0 $out/model-1
     gzip --stdout $model > $out/model.gz
-    head -c 33554432 $out/model.gz > $out/model-0/part
-    tail -c +33554433 $out/model.gz > $out/model-1/part
+    head -c $first $out/model.gz > $out/model-0/part
+    tail -c +$((first + 1)) $out/model.gz > $out/model-1/part
     rm $out/model.gz
 fi
 cat > $out/begin.sh <<'BEGIN'

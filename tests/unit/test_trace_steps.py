@@ -57,6 +57,7 @@ def test_gaps_between_replays(trace_steps: Any, tmp_path: Path) -> None:
     assert trace_steps.quantile(gaps, 0.99) == 50
     assert trace_steps.quantile(gaps, 0.5) == 20
     assert trace_steps.quantile([1.0], 0.99) == 1.0
+    assert trace_steps.gap_parts_us(spans, steps) == {"copies": 2, "before copies": 10, "after copies": 8}
 
 
 def test_every_microsecond_is_somewhere(trace_steps: Any, tmp_path: Path) -> None:
@@ -103,3 +104,22 @@ def test_floors_of_the_8b_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     half = module.floors_us(config, machine, batch=1, context=128, stages=1, tp=2)
     assert half["linears"] == pytest.approx(floors["linears"] / 2)
     assert half["all-reduce"] > 0 == floors["all-reduce"]
+
+
+def test_rows_of_traced_steps_have_run_since_they_were_admitted(
+    trace_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces = importlib.import_module("gpu_traces")
+    (tmp_path / "traces").mkdir()
+    write_trace(tmp_path / "traces" / "rank-7-rows-64.json.gz", 23)
+    lines = [
+        {"measure": "throughput", "requests": 64, "output_tokens": 64 * 75, "steps": 105.0},
+        {"measure": "decode", "batch": 64, "itl_ms_steady": 7.5},
+    ]
+    (tmp_path / "trace.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    found = traces.read_traced(tmp_path, [1, 64])
+    assert list(found.traces) == [64]
+    assert found.step_ms == {64: 7.5}
+    # 20 of 23 steps count; the last request was admitted 30 steps after the first, the mean one after 15.
+    begin = 30 + traces.SKIP + 3
+    assert found.mean_context[64] == 128 + (begin + begin + 20) / 2 - 15
