@@ -257,7 +257,8 @@ def require_fit(
     if layout is None:
         remedy = f"{MAX_GPUS} GPUs of this size do not hold the model"
     else:
-        remedy = f"the smallest layout that fits such GPUs is {layout[0]} stages with --tp {layout[1]}"
+        stages = f"{layout[0]} stage" + "s" * (layout[0] > 1)
+        remedy = f"the smallest layout that fits such GPUs is {stages} with --tp {layout[1]}"
     raise ConfigError(
         f"layers {stage.layers.start}:{stage.layers.stop} do not fit: rank {stage.limiting_rank} of {len(stage.ranks)} "
         f"needs {wanted / GIB:.2f} GiB (weights {poorest.weights / GIB:.2f}, {max(1, min_blocks)} KV blocks "

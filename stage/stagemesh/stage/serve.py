@@ -43,6 +43,8 @@ async def _serve(config: StageConfig, name: str) -> None:
         loop.add_signal_handler(number, stopped.set)
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
+    for rank, memory in enumerate(plan.memory.ranks if plan.memory else ()):
+        log.info("rank %d will hold of GPU %d %s", rank, plan.gpus[rank].index, memory.describe())
     exporter = start_exporter(config)
     pushed = MetricSettings.read(os.environ)
     server = make_server()

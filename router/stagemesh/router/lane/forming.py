@@ -13,7 +13,7 @@ import grpc.aio
 
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.v1 import stage_pb2
-from stagemesh.wire.errors import ChainError, FailedPreconditionError
+from stagemesh.wire.errors import ChainError, FailedPreconditionError, StagemeshError
 from stagemesh.wire.status import from_rpc_error
 
 log = logging.getLogger(__name__)
@@ -23,15 +23,23 @@ Answer = TypeVar("Answer")
 AUTO = "auto"
 TRANSPORTS = ("nccl", "unix", "grpc")
 """Best first."""
+NCCL_TRIES = 3
+"""Failures in a row after which two stages are linked over another transport, until the router ends."""
 
 
-def choose_transport(sender: StageLink, receiver: StageLink, wanted: str = AUTO) -> tuple[str, str]:
-    """The best transport both ends have, or the wanted one, and why it is no better one."""
+def choose_transport(
+    sender: StageLink, receiver: StageLink, wanted: str = AUTO, failed: str = ""
+) -> tuple[str, str]:
+    """The best transport both ends have, or the wanted one, and why it is no better one.
+
+    Args:
+        failed: Why NCCL is given up between these two; empty: it is not.
+    """
     reasons: list[str] = []
     for transport in TRANSPORTS:
         if wanted not in (AUTO, transport):
             continue
-        against = _against(transport, sender, receiver)
+        against = [failed] if transport == "nccl" and failed else _against(transport, sender, receiver)
         if against is None:
             chosen = "; ".join(reasons) or "best on both ends"
             return transport, chosen if wanted == AUTO else f"--link-transport {wanted}"
@@ -95,25 +103,70 @@ async def open_stages(stages: Sequence[StageLink], lane: stage_pb2.OpenLaneReque
     await _all((stage, open_one(stage)) for stage in stages)
 
 
-async def open_links(stages: Sequence[StageLink], epoch: int, timeout_s: float, wanted: str = AUTO) -> None:
-    """Open every link at once; each has passed a dummy when this returns, and its sender knows its transport.
+class LinkOpener:
+    """Opens a lane's links, and remembers between which stages NCCL could not.
 
-    Whether a unix link can be is seen by opening it; where it cannot, and another transport is not ruled out, the
-    link is opened over grpc.
+    Args:
+        timeout_s: A link may take to open.
+        wanted: The transport of all links, or AUTO.
     """
-    links = [_Link(*ends, *choose_transport(ends[0], ends[1], wanted)) for ends in links_of(stages)]
-    tried = [link for link in links if link.transport == "unix"]
-    for link, problem in zip(
-        tried, await asyncio.gather(*(_try(one, epoch, timeout_s) for one in tried)), strict=True
-    ):
-        if problem and wanted == "unix":
-            raise problem
-        if problem:
-            log.warning("%s to %s: no unix link: %s", link.sender.name, link.receiver.name, problem)
-            link.transport, link.reason = "grpc", f"{link.reason}; unix failed: {problem}"
-    await _open([link for link in links if link.transport != "unix"], epoch, timeout_s)
-    for link in links:
-        link.sender.link_transport, link.sender.link_reason = link.transport, link.reason
+
+    def __init__(self, timeout_s: float, wanted: str = AUTO) -> None:
+        self._timeout_s = timeout_s
+        self._wanted = wanted
+        self._failures: dict[frozenset[str], list[str]] = {}
+        """What NCCL failed with between two addresses, since it last worked there."""
+
+    async def open(self, stages: Sequence[StageLink], epoch: int) -> None:
+        """Open every link at once; each has passed a dummy when this returns, and its sender knows its transport.
+
+        Whether a unix link can be is seen by opening it; where it cannot, and another transport is not ruled out, the
+        link is opened over grpc. One that NCCL cannot open breaks this epoch, as both ends may hang in it: the error is
+        raised, and after NCCL_TRIES of them the two stages get another transport.
+        """
+        links = [
+            _Link(*ends, *choose_transport(ends[0], ends[1], self._wanted, self._given_up(ends[0], ends[1])))
+            for ends in links_of(stages)
+        ]
+        tried = [link for link in links if link.transport == "unix"]
+        for link, problem in zip(
+            tried, await asyncio.gather(*(_try(one, epoch, self._timeout_s) for one in tried)), strict=True
+        ):
+            if problem and self._wanted == "unix":
+                raise problem
+            if problem:
+                log.warning("%s to %s: no unix link: %s", link.sender.name, link.receiver.name, problem)
+                link.transport, link.reason = "grpc", f"{link.reason}; unix failed: {problem}"
+        others = [link for link in links if link.transport == "grpc"]
+        await _together(
+            *(self._open_nccl(link, epoch) for link in links if link.transport == "nccl"),
+            _open(others, epoch, self._timeout_s),
+        )
+        for link in links:
+            link.sender.link_transport, link.sender.link_reason = link.transport, link.reason
+
+    async def _open_nccl(self, link: _Link, epoch: int) -> None:
+        failures = self._failures.setdefault(_pair(link.sender, link.receiver), [])
+        try:
+            await _open([link], epoch, self._timeout_s)
+        except StagemeshError as error:
+            if error.reason == "LINK_FAILED":
+                failures.append(str(error))
+                if given_up := self._given_up(link.sender, link.receiver):
+                    log.warning("%s and %s: %s", link.sender.name, link.receiver.name, given_up)
+            raise
+        failures.clear()
+
+    def _given_up(self, sender: StageLink, receiver: StageLink) -> str:
+        """Why NCCL is no longer tried between two stages; empty: it is."""
+        failures = self._failures.get(_pair(sender, receiver), [])
+        if self._wanted != AUTO or len(failures) < NCCL_TRIES:
+            return ""
+        return f"nccl failed {len(failures)} times in a row, the last time: {failures[-1]}"
+
+
+def _pair(one: StageLink, other: StageLink) -> frozenset[str]:
+    return frozenset((one.address, other.address))
 
 
 async def _try(link: _Link, epoch: int, timeout_s: float) -> FailedPreconditionError | None:
@@ -167,7 +220,12 @@ async def _all(calls: Iterable[tuple[StageLink, Awaitable[Answer]]]) -> list[Ans
             failure.stage = failure.stage or stage.name
             raise failure from error
 
-    tasks = [asyncio.ensure_future(one(*call)) for call in calls]
+    return await _together(*(one(*call) for call in calls))
+
+
+async def _together(*doing: Awaitable[Answer]) -> list[Answer]:
+    """Await all, in order; the first failure is raised, and the rest cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in doing]
     try:
         return await asyncio.gather(*tasks)
     finally:

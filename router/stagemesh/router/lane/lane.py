@@ -14,7 +14,7 @@ from typing import TextIO, cast
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.driving import limits_of
-from stagemesh.router.lane.forming import open_links, open_stages
+from stagemesh.router.lane.forming import LinkOpener, open_stages
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.lane.step_records import StepRecords
@@ -89,6 +89,7 @@ class Lane:
         self.records = StepRecords()
         self.stats = LaneStats()
         self.stages = [StageLink(index, address) for index, address in enumerate(config.stages)]
+        self._links = LinkOpener(config.link_timeout_s, config.link_transport)
         self.state: admin_pb2.LaneState = FORMING
         self.reason = "starting"
         self.epoch = 0
@@ -203,7 +204,7 @@ class Lane:
                 debug_logits=self._config.debug_logits,
             ),
         )
-        await open_links(self.stages, self.epoch, self._config.link_timeout_s, self._config.link_transport)
+        await self._links.open(self.stages, self.epoch)
         self._lost = asyncio.get_running_loop().create_future()
         self._events.on_forget()
         for stage in self.stages:
