@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "stagemesh.v1.InferenceService"
+LINGER_S = 0.1
 SHUTDOWN_GRACE_S = 2.0
 
 
@@ -104,7 +106,7 @@ async def _serve(config: RouterConfig) -> None:
         requests.close(
             UnavailableError("the router is shutting down", reason="SHUTTING_DOWN", retry_after_s=1.0)
         )
-        await asyncio.sleep(0)
+        await _refuse_the_last(requests)
         waiter.cancel()
         lane.cancel()
         await asyncio.gather(lane, waiter, return_exceptions=True)
@@ -113,6 +115,15 @@ async def _serve(config: RouterConfig) -> None:
         await asyncio.gather(
             *([asyncio.to_thread(tracing.close)] if tracing else []), *([metrics.close()] if metrics else [])
         )
+
+
+async def _refuse_the_last(requests: Requests) -> None:
+    """Calls that have come in and were not looked at yet are refused with a word; gRPC would only cancel them."""
+    ends = time.monotonic() + SHUTDOWN_GRACE_S
+    refused = -1
+    while refused != requests.num_failed and time.monotonic() < ends:
+        refused = requests.num_failed
+        await asyncio.sleep(LINGER_S)
 
 
 def _open_metrics(
