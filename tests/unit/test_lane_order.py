@@ -1,8 +1,11 @@
-"""Whatever happens in whatever order, every stage of a lane is told the same steps, and every request is answered."""
+"""Whatever happens in whatever order, every stage of a lane is told the same steps, every request is answered, and the
+log of it all replayed makes the same steps again."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hypothesis import given, settings
@@ -13,6 +16,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.lane import Lane, LaneEvents
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.scheduler import Request, Scheduler, StepDeltas
+from stagemesh.router.scheduler.event_log import replay
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import ResourceExhaustedError, StagemeshError
 
@@ -50,8 +54,8 @@ class Told:
 class Run:
     """A lane whose stages are lists of what they were told."""
 
-    def __init__(self, told: Told) -> None:
-        config = RouterConfig(model="m", stages=STAGES)
+    def __init__(self, told: Told, log: Path) -> None:
+        config = RouterConfig(model="m", stages=STAGES, event_log=str(log))
         events = LaneEvents(
             on_deltas=told.deltas,
             on_admitted=lambda sequence: None,
@@ -61,7 +65,10 @@ class Run:
         )
         self.told = told
         self.lane = Lane(config, "f" * 64, 128, events)
+        self.lane._lost = asyncio.get_running_loop().create_future()
         self.sent: list[list[bytes]] = [[] for _ in STAGES]
+        self.all_steps: list[bytes] = []
+        """Of the epochs before."""
         self.num_answered = 0
         self.names: list[str] = []
         for stage, messages in zip(self.lane.stages, self.sent, strict=True):
@@ -76,6 +83,9 @@ class Run:
         self.lane.stats.open_lane(8)
         self.lane.records.clear()
         self.lane.epoch += 1
+        assert self.lane._event_log
+        self.lane._event_log.open(self.lane.scheduler.limits, self.lane.epoch)
+        self.all_steps += self.sent[0]
         for messages in self.sent:
             messages.clear()
         self.num_answered = 0
@@ -90,7 +100,9 @@ class Run:
                 return
             self.names.append(request.request_id)
         elif kind == "abort":
-            self.lane.abort(f"r{values[0]}")
+            assert self.lane.scheduler
+            if live := self.lane.scheduler.live:
+                self.lane.abort(live[values[0] % len(live)].request.request_id)
         elif kind == "answer":
             for _ in range(values[0]):
                 self.answer()
@@ -120,10 +132,12 @@ class Run:
         steps = self.steps()
         assert [step.number for step in steps] == list(range(1, len(steps) + 1))
         assert {step.epoch for step in steps} <= {self.lane.epoch}
+        assert self.lane._lost
+        assert not self.lane._lost.done(), "an answer did not fit its step"
 
 
-async def run(events: list[Any]) -> None:
-    one = Run(Told())
+async def run(events: list[Any], log: Path) -> None:
+    one = Run(Told(), log)
     try:
         for event in events:
             one.happen(*event)
@@ -138,6 +152,16 @@ async def run(events: list[Any]) -> None:
         assert set(one.names) == set(one.told.ended), "somebody got no answer"
         assert one.lane.scheduler
         assert one.lane.scheduler.pool.num_free == 12
+        assert one.lane._event_log
+        one.lane._event_log.close()
+        replayed = [step for step in replay(log.read_text().splitlines()) if step.logged]
+        assert all(step.made == step.logged for step in replayed)
+        sent = [
+            step.SerializeToString()
+            for data in (*one.all_steps, *one.sent[0])
+            for step in stage_pb2.ExecuteRequest.FromString(data).steps
+        ]
+        assert [step.made for step in replayed] == sent
     finally:
         for stage in one.lane.stages:
             await stage.aclose()
@@ -146,4 +170,5 @@ async def run(events: list[Any]) -> None:
 @given(EVENTS)
 @settings(max_examples=60, deadline=None)
 def test_every_stage_is_told_the_same_steps_in_one_order(events: list[Any]) -> None:
-    asyncio.run(run(events))
+    with TemporaryDirectory() as folder:
+        asyncio.run(run(events, Path(folder) / "events.jsonl"))

@@ -144,6 +144,23 @@ def test_stages_that_share_cores_bound_what_is_in_flight(cores: int, threads: in
     assert limits.consecutive_blocks
 
 
+def test_what_the_router_was_told_is_how_its_lane_is_driven() -> None:
+    config = RouterConfig(
+        model="m",
+        stages=("a", "b", "c"),
+        lookahead=3,
+        prefix_cache=False,
+        itl_target_ms=25.0,
+        step_tokens=77,
+        max_waiting=5,
+        max_sequences=9,
+    )
+    limits = limits_of(config, members(cores=3, threads=1))
+    assert (limits.lookahead, limits.prefix_cache, limits.itl_target_s) == (3, False, 0.025)
+    assert (limits.step_tokens, limits.max_waiting, limits.max_slots) == (77, 5, 27)
+    assert limits.depth == limits.max_microbatches * 3 + 1
+
+
 def test_a_number_that_was_asked_for_is_kept() -> None:
     config = RouterConfig(model="m", stages=("127.0.0.1:1",), max_in_flight=2)
     limits = limits_of(config, members(cores=1, threads=1, device="cuda:0"))
