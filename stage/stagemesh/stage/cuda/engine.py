@@ -233,7 +233,9 @@ class CudaEngine:
         layout = self._layouts[bucket] if bucket else self._layout_of(batch, section)
         split = parts.attention.variant(rows, bucket) if bucket else False
         self._stage(slot, layout, batch, rows, inputs, bucket, split)
-        slot.awaited.record()
+        linked = self.links.receives_hidden or self.links.receives_ring
+        if linked:
+            slot.awaited.record()
         self.links.await_ring(batch)
         self._receive(batch, inputs, slot)
         slot.begun.record()
@@ -244,7 +246,9 @@ class CudaEngine:
         else:
             self._num_steps["by graphs between attentions" if section else "without graphs"] += 1
             summed = self._compute(layout, batch, section)
-        return self._hand_on(batch, inputs, index, slot, layout if bucket else None, summed)
+        step = self._hand_on(batch, inputs, index, slot, layout if bucket else None, summed)
+        step.linked = linked
+        return step
 
     def _bucket(self, batch: Batch, rows: RowPlan) -> int | None:
         if not self._graphs or rows.num_decodes < rows.num_rows:
@@ -403,7 +407,7 @@ class CudaEngine:
         slot: StagingSlot,
         graph_layout: Layout | None,
         summed: torch.Tensor,
-    ) -> StepHandle:
+    ) -> DeviceStep:
         buffers, count = self._parts.buffers, batch.num_tokens
         if self._last:
             samples = len(batch.sampled_rows)
@@ -429,7 +433,6 @@ class CudaEngine:
             step = DeviceStep(slot, None, pinned)
             slot.ended.record()
         self.links.expect_ring(batch)
-        step.linked = self.links.receives_hidden or self.links.receives_ring
         if self.links.receives_hidden:
             step.received_bytes = count * self._parts.config.hidden_size * buffers.residual.element_size()
         return step
