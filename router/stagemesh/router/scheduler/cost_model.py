@@ -68,10 +68,9 @@ class CostModel:
     def coefficients(self) -> Float64:
         """[stages, terms] seconds for one of each term."""
         if self._stale:
-            self._coefficients = self._solve()
+            self._coefficients = self._solve() / SCALES
             self._stale = False
-        coefficients: Float64 = self._coefficients / SCALES
-        return coefficients
+        return self._coefficients
 
     def observe(self, stage: int, shapes: Float64, seconds: Float64) -> None:
         """Steps that a stage has done.

@@ -156,9 +156,14 @@ class Pace:
         weights: Float64 = 1.0 + np.multiply(self._ratio, positions, dtype=np.float64)
         return weights
 
-    def weight(self, positions: Int64) -> float:
-        """What these rows cost together, in the same terms."""
-        return len(positions) + self._ratio * float(positions.sum())
+    def weight(self, positions: Int64, rows: Int64) -> float:
+        """What rows cost together, in the same terms.
+
+        Args:
+            positions: [slots]
+            rows: Indices of those that count.
+        """
+        return len(rows) + self._ratio * float(positions[rows].sum()) if self._ratio else float(len(rows))
 
     def allowance(self, rows: int, context: int) -> Allowance:
         """What a step with these decodes may carry of prefill.

@@ -319,14 +319,14 @@ class Scheduler:
         if pace.num_microbatches == 1 and len(ready) <= most:
             return ready
         last, positions = columns.last_step[ready], columns.position[ready]
-        share = pace.weight(columns.position[total]) / pace.num_microbatches
-        lightest = pace.weight(positions.min(keepdims=True))
+        share = pace.weight(columns.position, total) / pace.num_microbatches
+        lightest = float(pace.row_weights(positions.min()))
         slack = max(SLACK * share, lightest)
         longest = last == last.min()
-        weighs = pace.weight(positions[longest])
+        together: Int64 = ready[longest]
+        weighs = pace.weight(columns.position, together)
         if abs(weighs - share) <= slack:
-            together: Int64 = ready[longest][:most]
-            return together
+            return together[:most]
         order = np.argsort(last, kind="stable")
         ready, last = ready[order], last[order]
         sums = np.cumsum(pace.row_weights(positions[order]))
@@ -336,7 +336,7 @@ class Scheduler:
             groups = np.flatnonzero(np.r_[last[1:] != last[:-1], True]) + 1
             about = groups[np.abs(sums[groups - 1] - share) <= slack]
             count = int(about[0]) if len(about) else count
-        if count > np.count_nonzero(longest):
+        if count > len(together):
             free = (last == last[0]) | (columns.unseen[ready] == 0)
             num_free = len(free) if free.all() else int(free.argmin())
             # More groups than there should be in flight have to become fewer, at the price of a wait.

@@ -61,7 +61,7 @@ class VirtualPipeline:
         self._position_ns = np.array(rates)
         self._limited = bool(self._position_ns.any())
         self._fixed_before = self._before(self._fixed_costs, self._latencies)
-        self._ring = ring
+        self._ring = ring if count > 1 else None
         self._free_at = np.zeros(count, np.int64)
         self._sampled_at = [0]
         """By step number: when its tokens are on stage 0."""
@@ -92,17 +92,18 @@ class VirtualPipeline:
             costs = self._costs(shape)
             before = self._before(costs, hops)
         free = np.maximum(self._free_at, arrival_ns)
-        ready = free.copy()
-        ready[0] = max(ready[0], self._sampled_at[newest_input])
-        # end[s] = max(ready[s], end[s-1] + hop[s]) + cost[s]: with the running sums of costs and hops taken
-        # off, it is a running maximum.
-        begins = np.maximum.accumulate(ready - before) + before
+        # begin[s] = max(free[s], end[s-1] + hop[s]), with the tokens of stage 0 there too: with the running sums of
+        # costs and hops taken off, it is a running maximum.
+        ready = free - before
+        ready[0] = max(int(ready[0]), self._sampled_at[newest_input])
+        begins = np.maximum.accumulate(ready) + before
         ends = begins + costs
         self._free_at = ends
         self.busy_ns += costs
         last = int(ends[-1])
-        ring = self._ring.nanoseconds(TOKEN_BYTES * shape.rows) if self.num_stages > 1 else 0
-        self._sampled_at.append(last + ring)
+        if self._ring is not None:
+            last += self._ring.nanoseconds(TOKEN_BYTES * shape.rows)
+        self._sampled_at.append(last)
         return StepTimes(arrival_ns, free, begins, ends)
 
     @staticmethod

@@ -32,6 +32,8 @@ LEARNT_REPORT_NS = 10_000_000_000
 """... and after LEARNING_NS so often: their costs do not change, the scheduler keeps no more than the last steps of a
 report, and most of a long run would go into reports."""
 NEVER = 1 << 62
+ANY_TOKEN = 1
+"""What is sampled where nothing ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ class Simulation:
         self._next_report_ns = REPORT_NS
         self._positions = np.zeros(limits.max_slots, np.int64)
         self._request_of = np.zeros(limits.max_slots, np.int64)
+        self._tokens = np.full(limits.max_slots, ANY_TOKEN, np.uint32)
         count = len(self._requests)
         self._num_sampled = np.zeros(count, np.int64)
-        """Tokens sampled and come back, of each request."""
+        """Tokens sampled and come back, of each request; counted where some end by a token."""
         self._last_ns = np.full(count, -1)
         """When the newest token of each request reached the router."""
         self._first_ns = np.full(count, -1)
@@ -135,23 +138,24 @@ class Simulation:
     def _take_result(self, pending: _Pending, now: int) -> None:
         requests = pending.requests
         self._active.answered(pending.sent_ns, now)
-        token_ids = np.ones(len(requests), np.uint32)
-        self._num_sampled[requests] += 1
+        token_ids = self._tokens[: len(requests)]
         if self._spec.load.stops:
+            self._num_sampled[requests] += 1
+            token_ids = token_ids.copy()
             ends = self._requests.stops[requests] & (
                 self._num_sampled[requests] == self._requests.outputs[requests]
             )
             token_ids[ends] = END_TOKEN
         deltas = self.scheduler.take_result(pending.step.number, token_ids, now / 1e9)
-        self._take_deltas(deltas, len(requests), now)
+        self._take_deltas(pending, deltas, now)
 
-    def _take_deltas(self, deltas: StepDeltas, num_rows: int, now: int) -> None:
+    def _take_deltas(self, pending: _Pending, deltas: StepDeltas, now: int) -> None:
         requests = self._request_of[deltas.slots]
-        self._num_ignored += num_rows - len(requests)
+        self._num_ignored += len(pending.requests) - len(requests)
         self._num_output += len(requests)
         last = self._last_ns[requests]
         gaps = now - last
-        if len(requests) and last.min() < 0:
+        if pending.step.tokens:  # of a prompt: the first token comes from such a step
             first = last < 0
             self._first_ns[requests[first]] = now
             gaps = gaps[~first]
