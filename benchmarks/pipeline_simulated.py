@@ -23,14 +23,14 @@ class Measured:
     itl_p50_ms: float
 
 
-def simulated_hour(share: float = 1.0) -> SimulationResult:
-    """64 stages of 8 ms, 10,000 requests over an hour; or a share of that hour."""
+def simulated_hour() -> SimulationResult:
+    """64 stages of 8 ms, 10,000 requests over an hour."""
     content = {
         "stages": {"count": 64, "cost": "8ms"},
         "lane": {"num_blocks": 200_000, "max_sequences": 32},
         "load": {
             "rate": HOUR_REQUESTS / 3600,
-            "requests": round(HOUR_REQUESTS * share),
+            "requests": HOUR_REQUESTS,
             "prompt": {"uniform": [64, 2048]},
             "output": {"uniform": [16, 512]},
         },
