@@ -28,7 +28,8 @@ START_TIMEOUT_S = 60.0 if REHEARSAL else 300.0
 """The first start on a machine compiles kernels."""
 HOST_LINK = "unix" if REHEARSAL else "grpc"
 """What links stages of one host that NCCL does not."""
-NUM_GPUS = 2 if REHEARSAL else torch.cuda.device_count()
+TOLD_TIMEOUT_S = 5.0
+NUM_GPUS = 4 if REHEARSAL else torch.cuda.device_count()
 
 
 class GPUMesh(RunningMesh):
@@ -135,15 +136,22 @@ class GPUMesh(RunningMesh):
             name = f"{self.folder.name}, stage {index} of {len(self.tps)}"
             for rank in stage.description.ranks:
                 backends = dict(rank.backends)
-                steps = re.findall(
-                    rf"worker {rank.rank}: steps so far: (.*)", self.stages[index].log.read_text()
-                )
+                steps = self._steps_told(index, rank.rank) if rank.device.startswith("cuda") else []
                 lines.append(
                     f"{name}, rank {rank.rank} on {rank.device}: attention {backends.get('attention', 'of the CPU')}, "
                     f"all-reduce {backends.get('all-reduce', 'of the CPU')}, graphs {backends.get('graphs', 'none')}, steps "
                     f"{'; then '.join(steps) or 'not told'}, link {stage.link_transport} ({stage.link_reason})"
                 )
         return lines
+
+    def _steps_told(self, index: int, rank: int) -> list[str]:
+        """What a worker said of its steps when an epoch ended; the last time may take it a moment."""
+        deadline = time.monotonic() + TOLD_TIMEOUT_S
+        while True:
+            told = re.findall(rf"worker {rank}: steps so far: (.*)", self.stages[index].log.read_text())
+            if told or time.monotonic() > deadline:
+                return told
+            time.sleep(0.05)
 
     def _start_stage(self, index: int, listen: str = "127.0.0.1:0") -> Service:
         flags = [*self._stage_flags]

@@ -20,13 +20,13 @@ DEVICE = "cpu" if REHEARSAL else "cuda:0"
 Array = npt.NDArray[np.float32]
 
 
-def make_model(folder: Path) -> Path:
-    """A random Llama of the width of an 8B model and three layers, saved in bfloat16, in several files."""
+def make_model(folder: Path, *, layers: int = 3) -> Path:
+    """A random Llama of the width of an 8B model and few layers, saved in bfloat16, in several files."""
     torch.manual_seed(3)
     width = 256 if REHEARSAL else 4096
     config = LlamaConfig(
         hidden_size=width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=width // 128 if not REHEARSAL else 8,
         num_key_value_heads=8 if not REHEARSAL else 4,
         head_dim=128 if not REHEARSAL else 32,

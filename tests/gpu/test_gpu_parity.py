@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from gpu_mesh import HOST_LINK, REHEARSAL, GPUMesh, MeshOf
-from gpu_reference import VOCAB_SIZE, Comparison, Reference
+from gpu_reference import VOCAB_SIZE, Comparison, Reference, make_model
 from mesh_calls import make_request, read_answer
 from running_mesh import CALL_TIMEOUT_S
 
@@ -66,6 +69,21 @@ def test_layouts(tps: tuple[int, ...], mesh_of: MeshOf, reference: Reference) ->
     mesh = mesh_of(tps)
     check_links(mesh)
     compare(mesh, reference)
+
+
+@pytest.mark.gpus(4)
+def test_four_stages(tmp_path: Path) -> None:
+    """With a layer each, of a model that has one more than the others' here."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mesh").mkdir()
+    model = make_model(tmp_path / "model", layers=4)
+    mesh = GPUMesh(tmp_path / "mesh", model, (1, 1, 1, 1))
+    try:
+        mesh.wait_ready()
+        check_links(mesh)
+        compare(mesh, Reference.load(model, torch.bfloat16))
+    finally:
+        mesh.close()
 
 
 @pytest.mark.parametrize("tps", LAYOUTS[1:3])
