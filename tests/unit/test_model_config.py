@@ -111,6 +111,23 @@ def test_sampling_turned_off_gives_no_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"temperature": -3.0}, "temperature -3, expected 0 or more.*generation_config.json"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0, expected more than 0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
+def test_defaults_that_no_request_could_ask_for_are_refused(
+    tmp_path: Path, defaults: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, TINYLLAMA, defaults)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported; supported: llama"),
@@ -206,6 +223,7 @@ def test_reads_gguf(tmp_path: Path) -> None:
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling 'yarn'"),
         ({"llama__expert_count": 8}, "MoE"),
         ({"split__count": 3}, "one of 3 parts"),
+        ({"general__sampling__top_p": 0.0}, "top_p 0"),
         ({"llama__rope__dimension_count": 8}, "rope.dimension_count is 8, expected the head size 16"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,19 @@ from stagemesh.stage.leader.leader import StageLeader
 from stagemesh.wire.errors import StageLostError, UnavailableError
 
 
-async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_ended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@dataclass
+class Scene:
+    """A leader that serves with a group of no processes."""
+
+    leader: StageLeader
+    group: Any
+    serving: asyncio.Task[None]
+    happened: list[Any]
+    """Health that was said, errors of the lane, and "stopped"."""
+
+
+@pytest.fixture
+async def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setattr(leader_module, "load_line", lambda *_: "loaded")
     monkeypatch.setattr(leader_module, "settle", lambda: None)
     happened: list[Any] = []
@@ -35,14 +46,28 @@ async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_en
     serving = asyncio.create_task(leader._serve_with(group))
     await asyncio.sleep(0)
     assert leader.not_ready == ""
-    group.lost.set_result("worker 0 (pid 7) was killed by signal 9")
-    await serving
-    up, error, down, stopped = happened
+    return Scene(leader, group, serving, happened)
+
+
+async def test_the_router_hears_of_a_lost_group_before_what_is_left_of_it_has_ended(scene: Scene) -> None:
+    scene.group.lost.set_result("worker 0 (pid 7) was killed by signal 9")
+    await scene.serving
+    up, error, down, stopped = scene.happened
     assert isinstance(error, StageLostError)
     assert (error.stage, "worker 0 (pid 7)" in error.message) == ("stage 1", True)
     assert up != down
     assert stopped == "stopped"
-    assert leader.not_ready == "worker 0 (pid 7) was killed by signal 9; starting again"
+    assert scene.leader.not_ready == "worker 0 (pid 7) was killed by signal 9; starting again"
     with pytest.raises(UnavailableError, match="starting again") as caught:
-        leader.hand_frame(b"", 0)
+        scene.leader.hand_frame(b"", 0)
     assert (caught.value.reason, caught.value.stage) == ("STAGE_NOT_READY", "stage 1")
+
+
+async def test_the_workers_of_a_stage_that_is_stopped_are_not_taken_for_lost(scene: Scene) -> None:
+    """A group asks its workers to end only if none is lost; otherwise it kills them."""
+    scene.serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.serving
+    assert scene.happened[-1] == "stopped"
+    assert not scene.group.lost.done()
+    assert scene.leader.not_ready == "stopping"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from stagemesh.model.rope import FactorRopeScaling, RopeConfig
@@ -12,7 +13,7 @@ SUPPORTED_ARCHITECTURES = ("llama",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling parameters the model's authors ask for; None where they do not."""
+    """Sampling parameters the model's authors ask for; None where they do not. Checked when made, as a request's are."""
 
     temperature: float | None = None
     """Also None where the model's generation config turns sampling off."""
@@ -20,6 +21,14 @@ class GenerationDefaults:
     """0 means all tokens."""
     top_p: float | None = None
     """Share of probability kept, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise _bad_default("temperature", self.temperature, "0 or more")
+        if self.top_k is not None and self.top_k < 0:
+            raise _bad_default("top_k", self.top_k, "0 (all tokens) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise _bad_default("top_p", self.top_p, "more than 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,13 @@ class ModelConfig:
     def head_parameters(self) -> int:
         """Weights of the head, and of the embedding: [vocab_size, hidden_size]."""
         return self.vocab_size * self.hidden_size
+
+
+def _bad_default(name: str, value: float, expected: str) -> ModelError:
+    return ModelError(
+        f"the model's generation defaults have {name} {value:g}, expected {expected}; mend generation_config.json, "
+        "or general.sampling of a GGUF file"
+    )
 
 
 def unsupported_architecture(name: str) -> ModelError:

@@ -93,12 +93,15 @@ def plan_stage(config: StageConfig) -> StagePlan:
 
 def _gpus(config: StageConfig) -> tuple[Gpu, ...]:
     """Of each rank; none: CPU."""
-    if config.device == "cpu" or config.engine == "sim":
-        return ()
-    there = list_gpus()
-    if config.device == "auto" and not there:
-        return ()
-    return pick_gpus(config.gpus, config.tp, there)
+    on_cpu = config.device == "cpu" or config.engine == "sim"
+    there = () if on_cpu else list_gpus()
+    if there or (config.device == "cuda" and not on_cpu):
+        return pick_gpus(config.gpus, config.tp, there)
+    if config.gpus:
+        why = "--engine sim" if config.engine == "sim" else f"--device {config.device}"
+        none = "" if on_cpu else ", and there is no GPU here"
+        raise ConfigError(f"--gpus {config.gpus}: this stage computes on the CPU ({why}{none}); leave it out")
+    return ()
 
 
 def _num_stages(config: StageConfig) -> int:

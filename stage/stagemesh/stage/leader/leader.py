@@ -125,7 +125,8 @@ class StageLeader:
         settle()
         next_state = "stopping"
         try:
-            what = await group.lost
+            # Shielded: a group that is asked to stop because this task is cancelled is not a lost one.
+            what = await asyncio.shield(group.lost)
             next_state = f"{what}; starting again"
             # The router hears of it at once: what is left of the group may take its time to end.
             self._fail_lane(StageLostError(f"{self._name}: {what}", reason="STAGE_LOST", stage=self._name))
