@@ -7,6 +7,7 @@ command, answered by a line:
 
     ratio R     requests are sampled by R from now on; a ratio of 0 takes tracing out: router, streams and
                 stage have None where its objects were, as they have where no receiver is named
+    reported    answered when the stages have reported their last steps
     settle      every request that ended is worked out, as it would be after a second
     export      spans are exported, as they would be after five seconds
 
@@ -41,7 +42,7 @@ from stagemesh.wire.telemetry.sampling import HeadSampler
 
 REPORTED_S = 1.0
 """Stages have reported their last steps by then."""
-POLL_S = 0.01
+POLL_S = 0.02
 
 
 class RouterSwitch:
@@ -77,14 +78,16 @@ class RouterSwitch:
         self.streams.spans = tracing.server if tracing else None
         self.tracing.server._sampler = HeadSampler(replace(self.exporter.settings, ratio=ratio))
 
-    def settle(self) -> bool:
-        """In the event loop; False while a stage has not reported."""
-        history, lane = self.requests.history, self.requests.lane
-        if not all(stage.timings.has(lane.num_steps) for stage in lane.stages):
-            return False
+    def is_reported(self) -> bool:
+        """In the event loop."""
+        lane = self.requests.lane
+        return all(stage.timings.has(lane.num_steps) for stage in lane.stages)
+
+    def settle(self) -> None:
+        """In the event loop."""
+        history = self.requests.history
         while history._unsettled:
             history._settle(history._unsettled.popleft()[1])
-        return True
 
 
 class StageSwitch:
@@ -116,9 +119,12 @@ class StageSwitch:
         """In the event loop."""
         self.leader._spans = self.spans if ratio else None
 
-    def settle(self) -> bool:
-        """A stage has nothing to work out."""
+    def is_reported(self) -> bool:
+        """The router knows."""
         return True
+
+    def settle(self) -> None:
+        """A stage has nothing to work out."""
 
 
 def serve(switch: RouterSwitch | StageSwitch, path: Path) -> None:
@@ -132,10 +138,12 @@ def serve(switch: RouterSwitch | StageSwitch, path: Path) -> None:
             command, _, argument = line.strip().partition(" ")
             if command == "ratio":
                 in_loop(switch, lambda ratio=float(argument): switch.set_ratio(ratio))  # type: ignore[misc]
-            elif command == "settle":
+            elif command == "reported":
                 deadline = time.monotonic() + REPORTED_S
-                while not in_loop(switch, switch.settle) and time.monotonic() < deadline:
+                while not in_loop(switch, switch.is_reported) and time.monotonic() < deadline:
                     time.sleep(POLL_S)
+            elif command == "settle":
+                in_loop(switch, switch.settle)
             else:
                 switch.exporter.flush()
             lines.write("done\n")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stagemesh.client.cli._bars import share_bar
+from stagemesh.client.cli._fitting import Fitting
 from stagemesh.client.cli._tables import devices, lane_line
 from stagemesh.v1 import admin_pb2 as pb
 
@@ -42,7 +43,11 @@ def top_view(status: pb.MeshStatus, rates: Rates) -> RenderableType:
     """Requests and latencies, memory, then the stages of each lane."""
     parts: list[RenderableType] = [_requests(status, rates)]
     for lane in status.lanes:
-        parts += [_memory(lane), _stages(lane), Text(lane_line(lane), "dim")]
+        parts += [
+            _memory(lane),
+            Fitting(_stages(lane), _stages(lane, narrow=True)),
+            Text(lane_line(lane), "dim"),
+        ]
     title = f"{status.model_name or 'no model'} · stagemesh {status.version} · up {_duration(status.uptime_seconds)}"
     return Panel(Group(*parts), title=title, title_align="left")
 
@@ -75,35 +80,53 @@ def _memory(lane: pb.LaneStatus) -> Text:
     )
 
 
-def _stages(lane: pb.LaneStatus) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for header in ("stage", "layers", "TP", "device", "utilization"):
-        table.add_column(header)
-    for header in ("bubble", "step p50 ms", "p99 ms", "wait ms", "compute ms"):
-        table.add_column(header, justify="right")
-    table.add_column("link")
-    table.add_column("state")
+_NUMBERS = ("bubble", "step p50 ms", "p99 ms", "wait ms", "compute ms")
+_HEADERS = ("stage", "layers", "TP", "device", "utilization", *_NUMBERS, "link", "state")
+_NARROW_HEADERS = {
+    "stage": "stage",
+    "utilization": "use",
+    "bubble": "bubble",
+    "step p50 ms": "step p50",
+    "p99 ms": "p99",
+    "wait ms": "wait",
+    "compute ms": "compute",
+    "link": "link",
+    "state": "state",
+}
+"""In 80 columns; times are milliseconds."""
+
+
+def _stages(lane: pb.LaneStatus, *, narrow: bool = False) -> Table:
+    headers = _NARROW_HEADERS if narrow else dict(zip(_HEADERS, _HEADERS, strict=True))
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, int(not narrow)))
+    for header, name in headers.items():
+        table.add_column(name, justify="right" if header in _NUMBERS else "left")
     for stage in lane.stages:
-        about = stage.description
-        slowest = len(lane.stages) > 1 and lane.num_steps > 0 and stage.stage_index == lane.slowest_stage
-        table.add_row(
-            f"{stage.stage_index}" + (" ◀" if slowest else ""),
-            f"{about.layer_begin}:{about.layer_end}",
-            str(len(about.ranks) or "-"),
-            devices(stage),
-            share_bar(stage.busy_share, 20, "red" if slowest else "green"),
-            f"{stage.bubble_share:.0%}",
-            f"{stage.busy_p50_ms:.2f}",
-            f"{stage.busy_p99_ms:.2f}",
-            f"{stage.mean_wait_ms:.2f}",
-            f"{stage.mean_compute_ms:.2f}",
-            stage.link_transport or "-",
-            Text(
-                stage.state + (f": {stage.detail}" if stage.detail else ""),
-                "" if stage.state == "ready" else "red",
-            ),
-        )
+        cells = _cells(lane, stage, bar_width=0 if narrow else 20)
+        table.add_row(*(cells[header] for header in headers))
     return table
+
+
+def _cells(lane: pb.LaneStatus, stage: pb.StageStatus, bar_width: int) -> dict[str, RenderableType]:
+    about = stage.description
+    slowest = len(lane.stages) > 1 and lane.num_steps > 0 and stage.stage_index == lane.slowest_stage
+    return {
+        "stage": f"{stage.stage_index}" + (" ◀" if slowest else ""),
+        "layers": f"{about.layer_begin}:{about.layer_end}",
+        "TP": str(len(about.ranks) or "-"),
+        "device": devices(stage),
+        "utilization": share_bar(stage.busy_share, bar_width, "red" if slowest else "green"),
+        "bubble": f"{stage.bubble_share:.0%}",
+        "step p50 ms": f"{stage.busy_p50_ms:.2f}",
+        "p99 ms": f"{stage.busy_p99_ms:.2f}",
+        "wait ms": f"{stage.mean_wait_ms:.2f}",
+        "compute ms": f"{stage.mean_compute_ms:.2f}",
+        "link": stage.link_transport or "-",
+        "state": Text(
+            stage.state + (f": {stage.detail}" if stage.detail else ""),
+            "" if stage.state == "ready" else "red",
+        ),
+    }
 
 
 def _pair(name: str, p50_ms: float, p99_ms: float) -> str:

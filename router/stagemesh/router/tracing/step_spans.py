@@ -85,10 +85,10 @@ class StepSpans:
             self._take_admitted(changes.admitted)
         if not self._any_traced:
             return ""
-        traced = self._traced[step.slots]
-        if not traced.any():
+        rows = self._traced[step.slots].nonzero()[0]
+        if not len(rows):
             return ""
-        self.open_steps[step.number] = self._links[step.slots[traced][: self._max_links]].tobytes()
+        self.open_steps[step.number] = self._links[step.slots[rows[: self._max_links]]].tobytes()
         return self.ids.traceparent(step.number)
 
     def _take_admitted(self, admitted: list[Sequence]) -> None:
