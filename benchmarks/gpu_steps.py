@@ -34,7 +34,6 @@ from stagemesh.wire.columns import F32, U32, U64, pack
 
 SHAPE = Path(__file__).parent / "shapes" / "llama-3.1-8b"
 PROMPT, BLOCK = 128, 16
-BATCHES = (1, 64, 512)
 KINDS = {
     "linears": ("nvjet", "gemm", "splitK", "cutlass", "gemv"),
     "attention": ("flashinfer", "_attend"),
@@ -161,6 +160,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--memory-share", type=float, default=0.6)
+    parser.add_argument("--batches", default="1,64,512")
+    parser.add_argument(
+        "--pdl", action=argparse.BooleanOptionalAction, default=True, help="programmatic dependent launch"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/gpu-steps"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,7 @@ def main() -> None:
         load_format="dummy",
         memory_share=options.memory_share,
         max_context=2048,
+        pdl=options.pdl,
     )
     plan = plan_stage(config)
     device = CudaDevice(plan.gpus[0].index)
@@ -180,7 +184,7 @@ def main() -> None:
     gc.freeze()
     report = Report("gpu_steps", as_json=options.json)
     tables = {}
-    for batch in BATCHES:
+    for batch in (int(text) for text in options.batches.split(",")):
         driver = Driver(engine, batch, plan.max_context, plan.num_blocks)
         driver.prefill(config.max_step_tokens // PROMPT)
         times, between = gaps(driver, options.steps)
