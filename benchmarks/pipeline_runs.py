@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import numpy as np
 from load import Arrivals, Request, play
+from pipeline_delays import ControlDelays, control_delays, timeline
 from pipeline_simulated import Measured, saturated_rate
 from sim_mesh import SimMesh, sim_mesh
 
-from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.router.simulate.load import draw
 from stagemesh.router.simulate.spec import SimulationSpec, parse
 from stagemesh.v1 import admin_pb2, admin_pb2_grpc
@@ -26,43 +26,30 @@ MIXED_STAGES = 4
 MIXED_SEQUENCES = 32
 """For each stage: what runs at once is bounded, so that 100% of the load is a rate."""
 RAMP_S = 6.0
-BURST = 16
-"""Requests at once that say what each takes of the router: they fit one step."""
+BURST = 64
+"""Requests at once that say what the control path takes: more than fit one step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneFacts:
-    """What the router has learnt of its lane."""
+    """What the router has learnt of its lane, and what was measured of its delays."""
 
     num_microbatches: int
     ring_hops_ms: float
-    trip_hops_ms: float
     num_stages: int
-    slowest: int
     slowest_busy_share: float
     """Of the last ten seconds, by the reports of the slowest stage."""
-    request_ms: float = 0.0
-    """That the router takes for each request of a burst."""
-    client_ms: float = 0.3
-    """From client to router, and back."""
-
-    @property
-    def hop_ms(self) -> float:
-        """One hop of the ring, on average."""
-        return self.ring_hops_ms / self.num_stages if self.num_stages > 1 else 0.0
+    control: ControlDelays | None = None
+    link_ms: float = 0.0
+    ring_ms: float = 0.0
 
     def delays(self) -> dict[str, Any]:
-        """The keys of a simulation file: links as measured, what is left of the trip shared by both ways."""
-        rest = max(0.0, self.trip_hops_ms - self.hop_ms * (self.num_stages - 1)) / 2
+        """The keys of a simulation file."""
+        assert self.control is not None
         return {
-            "link": {"latency": f"{self.hop_ms:.4f}ms"},
-            "ring": {"latency": f"{self.hop_ms:.4f}ms"},
-            "router": {
-                "step": f"{rest:.4f}ms",
-                "result": f"{rest:.4f}ms",
-                "request": f"{self.request_ms:.4f}ms",
-                "client": f"{self.client_ms:.4f}ms",
-            },
+            "link": {"latency": f"{max(self.link_ms, 0.0):.4f}ms"},
+            "ring": {"latency": f"{max(self.ring_ms, 0.0):.4f}ms"},
+            "router": self.control.keys(),
         }
 
 
@@ -120,7 +107,7 @@ def decode_run(
     tokens = max(16, int(seconds * 1e3 / (total_ms + late_ms)))
     requests: list[Request] = [(0.0, PROMPT, tokens)] * streams
     with sim_mesh(costs, router=router, result_delay_s=result_delay_s) as mesh:
-        arrivals, facts = _play(mesh, requests, seconds * 6 + 30)
+        arrivals, facts = _play(mesh, requests, seconds * 6 + 30, seconds, delays=result_delay_s is None)
     begin, end = arrivals.steady_window()
     return DecodeRun(
         name=f"decode, {' + '.join(costs) if len(set(costs)) > 1 else f'{len(costs)} x {costs[0]}'}",
@@ -130,7 +117,10 @@ def decode_run(
         ideal_rate=streams / len(costs) / (slowest_ms / 1e3),
         cost_ms=slowest_ms,
         facts=facts,
-        measured=_measured(arrivals),
+        # One burst is one sample: the middle of several like it.
+        measured=replace(_measured(arrivals), ttft_p50_ms=facts.control.ttft_p50)
+        if facts.control
+        else _measured(arrivals),
     )
 
 
@@ -197,7 +187,9 @@ def mixed_run(load: MixedLoad) -> MixedRun:
     """Play it; the busy share and the inter-token times are of the time after the ramp, while requests arrive."""
     flags = ["--max-sequences", str(MIXED_SEQUENCES), "--max-waiting", "4096"]
     with sim_mesh([MIXED_COST] * MIXED_STAGES, router=flags) as mesh:
-        arrivals, facts = _play(mesh, load.requests, load.duration_s * 4 + 60, look_at_s=load.duration_s)
+        arrivals, facts = _play(
+            mesh, load.requests, load.duration_s * 4 + 60, load.duration_s, look_at_s=load.duration_s
+        )
     gaps = np.concatenate(
         [
             np.diff(times)[(times[1:] > RAMP_S) & (times[1:] < load.duration_s)]
@@ -215,10 +207,19 @@ def mixed_run(load: MixedLoad) -> MixedRun:
 
 
 def _play(
-    mesh: SimMesh, requests: Sequence[Request], timeout_s: float, look_at_s: float | None = None
+    mesh: SimMesh,
+    requests: Sequence[Request],
+    timeout_s: float,
+    seconds: float,
+    *,
+    delays: bool = True,
+    look_at_s: float | None = None,
 ) -> tuple[Arrivals, LaneFacts]:
-    """Play a load and ask the router what it has learnt: at a moment of the load, or in its last third."""
-    alone_ms, burst_ms = _calibrate(mesh)
+    """Play a load of about so many seconds and ask the router what it has learnt, at a moment of the load or in its last
+    third; measure the delays of the mesh before and meanwhile, if they are wanted."""
+    for _ in range(2):
+        play(mesh.listen, [(0.0, PROMPT, 8)] * BURST, timeout_s=30, seed=7)
+    control = control_delays(mesh, PROMPT, BURST) if delays else None
     facts: list[LaneFacts] = []
     stop = threading.Event()
 
@@ -231,36 +232,15 @@ def _play(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        arrivals = play(mesh.listen, requests, timeout_s=timeout_s)
+        with timeline(mesh, seconds) as taken:
+            arrivals = play(mesh.listen, requests, timeout_s=timeout_s)
     finally:
         stop.set()
         watcher.join()
     if arrivals.errors:
         raise RuntimeError(f"{len(arrivals.errors)} of {len(requests)} requests failed: {arrivals.errors[0]}")
-    known = [one for one in facts if one.trip_hops_ms] or facts
-    chosen = known[-1 if look_at_s is not None else len(known) * 2 // 3]
-    of_alone_ms, of_burst_ms = (stages_ms(mesh.costs, count) for count in (1, BURST))
-    outside = max(0.0, alone_ms - of_alone_ms - chosen.trip_hops_ms) / 2
-    request_ms = max(0.0, (burst_ms - of_burst_ms) - (alone_ms - of_alone_ms)) / BURST
-    return arrivals, replace(chosen, client_ms=outside, request_ms=request_ms)
-
-
-def _calibrate(mesh: SimMesh) -> tuple[float, float]:
-    """Warm the mesh up; median milliseconds to the first token of a request alone, and of BURST at once."""
-    for _ in range(2):
-        play(mesh.listen, [(0.0, PROMPT, 8)] * BURST, timeout_s=30, seed=7)
-    alone = play(mesh.listen, [(0.2 * index, PROMPT, 1) for index in range(8)], timeout_s=30, seed=8).ttft()
-    bursts = [
-        play(mesh.listen, [(0.0, PROMPT, 1)] * BURST, timeout_s=30, seed=9 + n).ttft() for n in range(3)
-    ]
-    return float(np.median(alone)) * 1e3, float(np.median(np.concatenate(bursts))) * 1e3
-
-
-def stages_ms(costs: Sequence[str], num_prompts: int) -> float:
-    """What a step of so many prompts takes of all stages."""
-    tokens = num_prompts * PROMPT
-    shape = StepShape(tokens=tokens, rows=num_prompts, prefill=tokens - num_prompts, context=0)
-    return sum(CostModel.parse(cost).nanoseconds(shape) for cost in costs) / 1e6
+    chosen = facts[-1 if look_at_s is not None else len(facts) * 2 // 3]
+    return arrivals, replace(chosen, control=control, link_ms=taken[0].link_ms(), ring_ms=taken[0].ring_ms())
 
 
 def lane_facts(admin: str) -> LaneFacts:
@@ -272,9 +252,7 @@ def lane_facts(admin: str) -> LaneFacts:
     return LaneFacts(
         num_microbatches=lane.max_in_flight,
         ring_hops_ms=lane.ring_hops_ms,
-        trip_hops_ms=lane.trip_hops_ms,
         num_stages=len(lane.stages),
-        slowest=slowest,
         slowest_busy_share=lane.stages[slowest].busy_share,
     )
 

@@ -98,6 +98,15 @@ def test_without_lookahead_the_router_is_waited_for() -> None:
     assert ahead.inter_token_ms.p50 == pytest.approx(20)
 
 
+def test_a_step_that_follows_another_at_once_leaves_when_its_requests_are_put_in() -> None:
+    load = {"arrivals": "at_once", "requests": 8, "prompt": {"fixed": 4}, "output": {"fixed": 1}}
+    keys = {"stages": {"count": 2, "cost": "1ms"}, "load": load, "lane": {"step_tokens": 16}}
+    for admit_ms, second_ms in ((0, 3.0), (2, 10.0)):
+        result = simulate(spec(**keys, router={**NO_DELAYS["router"], "admit": f"{admit_ms}ms"}))
+        assert result.num_steps == 2
+        assert (result.ttft_ms.p50, result.ttft_ms.p99) == (pytest.approx((2 + second_ms) / 2), second_ms)
+
+
 def test_it_runs_the_routers_scheduler() -> None:
     simulation = Simulation(spec())
     assert type(simulation.scheduler) is Scheduler

@@ -17,7 +17,7 @@ Float64 = npt.NDArray[np.float64]
 BACKLOG_STEPS = 12
 """Steps that the prefill at hand is dealt over. Few would end it sooner, and make steps of very unequal cost follow
 each other, which leaves gaps on every stage behind the first; steps that carry all they can hold are equal again."""
-EVEN = 0.1
+EVEN = 0.25
 """Of a step of decodes: steps that differ by less are as good as equal. What positions seem to cost where they cost next
 to nothing is noise, and no reason to make a burst of short prompts wait."""
 WINDOW_S = 10.0

@@ -110,8 +110,11 @@ class Simulation:
             self._num_refused += 1
 
     def _pump(self, now: int) -> None:
+        leaves_ns, admit_ns = now, 0  # what the first of them takes is a part of router.step
         while step := self.scheduler.next_step(now / 1e9):
-            self._launch(step, now)
+            leaves_ns += admit_ns * len(step.changes.admitted)
+            admit_ns = self._spec.router.admit
+            self._launch(step, leaves_ns)
 
     def _launch(self, step: Step, now: int) -> None:
         """Send a step: everything that will happen to it is known at once."""

@@ -95,6 +95,8 @@ class Router(_Section):
 
     step: Duration = Field(default="0.3ms", validate_default=True)
     """From an event in the router to the arrival of the step it causes at every stage."""
+    admit: Duration = Field(default="0ms", validate_default=True)
+    """To put one request into its first step: a step that follows another at once leaves later by it for each."""
     result: Duration = Field(default="0.3ms", validate_default=True)
     """From the end of a step on the last stage to its result in the router."""
     request: Duration = Field(default="0ms", validate_default=True)
