@@ -435,6 +435,22 @@ def test_a_burst_of_prompts_that_cost_next_to_nothing_is_not_dealt_over_many_ste
     assert admitted[:3] == [32, 32, 0]
 
 
+def test_while_nobody_has_had_a_token_prompts_need_not_wait_for_even_steps() -> None:
+    costs = Costs(constant=2 * MS, row=0.02 * MS, position=0.01 * MS)
+    lane = VirtualLane(lane_limits(4), [costs] * 4, hop_s=0.1 * MS, answer_s=0.3 * MS)
+    for index in range(16):
+        lane.arrive(0.0, f"before{index}", 16, 50)
+    lane.run()
+    began, start = len(lane.steps), lane.now
+    for index in range(96):
+        lane.arrive(start, f"r{index}", 16, 50)
+    lane.arrive(start + 30 * MS, "late", 16 * 96, 50)
+    lane.run()
+    assert [len(step.changes.admitted) for step in lane.steps[began:]][:3] == [32, 32, 32]
+    late = [step for step in lane.steps if any(one.request.request_id == "late" for one in step.sequences)]
+    assert late[0].num_tokens < 512, "now others stream"
+
+
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(4, 3), (8, 7), (4, 5)])
 def test_rows_that_do_not_divide_evenly_all_get_on_alike(num_stages: int, num_microbatches: int) -> None:
     limits = lane_limits(num_stages, max_microbatches=0, num_microbatches=num_microbatches)

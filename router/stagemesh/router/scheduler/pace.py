@@ -103,6 +103,8 @@ class Pace:
             self.max_in_flight = self._in_flight(0)
         self._hops, self._hops_known = Hops(), 0
         self._num_rows = 0
+        self._streaming = False
+        """Whether any of the rows can have had a token, so that there is an inter-token time to keep."""
         self._context = 0
         self._backlog = 0
         self._chosen_for = (0, False)
@@ -130,6 +132,7 @@ class Pace:
     def answered(self, number: int, now: float) -> None:
         """Its result came."""
         self.times.answered(number, now)
+        self._streaming = self._num_rows > 0
 
     def reported(self, stage: int, numbers: Int64, times_ns: Int64) -> None:
         """A stage said where the time of some steps went."""
@@ -139,6 +142,7 @@ class Pace:
         """How many sequences decode, now and then the KV cells that they read in all, and how many positions
         of prompts could be computed now."""
         self._num_rows, self._backlog = num_rows, backlog
+        self._streaming = self._streaming and num_rows > 0
         if context is not None:
             self._context = context
         rows, burst = self._chosen_for
@@ -175,7 +179,7 @@ class Pace:
         floor = self._limits.step_tokens // PREFILL_PART
         if self.budget.has_target:
             floor = min(floor, self._limits.block_size)
-        if not self._num_rows or not self.costs.ready:
+        if not self._streaming or not self.costs.ready:
             return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
         usual_s = self.costs.predict(self._decodes())
         waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
