@@ -459,7 +459,7 @@ def _row(runs: Runs, row: GPURow) -> GPURow:
         row.value is None and not row.reference
     ):
         why = runs.why(row.runs[0])
-    if not why:
+    if not why or row.reference.startswith(why):
         return row
     return GPURow(
         name=row.name,
