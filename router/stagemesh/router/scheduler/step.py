@@ -74,11 +74,6 @@ class Step:
         return self.slots[self.sample] if self.tokens else self.slots
 
     @property
-    def sampled_sequences(self) -> npt.NDArray[np.object_]:
-        """Of the sampled rows, in row order."""
-        return self.sequences[self.sample]
-
-    @property
     def num_tokens(self) -> int:
         """Positions computed."""
         return int(self.counts.sum()) if self.tokens else len(self.slots)
