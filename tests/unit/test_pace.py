@@ -395,6 +395,21 @@ def test_a_target_that_leaves_room_costs_prompts_little() -> None:
     assert first_token_s[22.0] < 5 * first_token_s[0.0]
 
 
+def test_a_target_that_decodes_alone_missed_is_not_held_against_later_prompts() -> None:
+    costs = Costs(constant=4 * MS, row=0.1 * MS, position=0.01 * MS)
+    limits = lane_limits(4, itl_target_s=24 * MS)
+    lane = VirtualLane(limits, [costs] * 4, hop_s=0.3 * MS, control_s=0.3 * MS, answer_s=0.4 * MS)
+    for index in range(108):
+        lane.arrive(0.0, f"r{index}", 16, 300 if index < 100 else 1500)
+    came = {f"prompt{index}": 12.0 + index / 4 for index in range(30)}
+    for name, when in came.items():
+        lane.arrive(when, name, 1500, 8)
+    lane.run(40.0)
+    alone = np.diff(lane.token_times["r0"])
+    assert np.median(alone) > 24 * MS, "the target was kept: this shows nothing"
+    assert np.median([lane.token_times[name][0] - when for name, when in came.items()]) < 1.0
+
+
 def test_a_target_that_cannot_be_held_does_not_starve_prefill() -> None:
     costs = Costs(constant=3 * MS, row=0.05 * MS, position=0.02 * MS)
     lane = mixed_lane(costs, itl_target_s=1 * MS)

@@ -41,9 +41,9 @@ class PrefillBudget:
         self._factor = 0.8  # until measured: what is predicted leaves out what is not known yet
         self._recent: deque[tuple[float, Float64]] = deque()
         self._corrected_at = 0.0
-        self._held_back = self._at_floor = False
-        """Whether a step since then got less prefill than it would have without the target; and whether one got none but
-        what is prefill's in any case."""
+        self._held_back = self._gives = False
+        """Since then: whether a step got less prefill than it would have without the target, and whether one could get
+        more than what is prefill's in any case."""
 
     @property
     def has_target(self) -> bool:
@@ -82,15 +82,15 @@ class PrefillBudget:
         if self.has_target:
             bound = self._factor * max(self._target_s - ring_s, 0.0) / num_steps
             self._held_back |= bound < allowed
-            self._at_floor |= bound <= slowest
+            self._gives |= bound > slowest
             allowed = min(allowed, bound)
         return allowed
 
     def _correct(self, now: float) -> None:
         """Only as far as it makes a difference, lest the next load finds a factor that has run away."""
         measured = self.p95_s(now - CONTROL_S)
-        if measured > 0.95 * self._target_s and not self._at_floor:
+        if measured > 0.95 * self._target_s and self._gives:
             self._factor *= max(0.7, 0.9 * self._target_s / measured)
         elif self._held_back and max(measured, self.p95_s()) < 0.9 * self._target_s:
             self._factor = min(2.0, self._factor * 1.1)
-        self._corrected_at, self._held_back, self._at_floor = now, False, False
+        self._corrected_at, self._held_back, self._gives = now, False, False
