@@ -17,7 +17,7 @@ def expected() -> set[str]:
     names: set[str] = set()
     for root in ROOTS:
         base = ROOT / root
-        for pattern in ("*.py", "*.proto", "py.typed", "_kernels.pyi"):
+        for pattern in ("*.py", "*.proto", "py.typed", "_kernels.pyi", "*.cu"):
             names |= {path.relative_to(base).as_posix() for path in base.rglob(pattern)}
     for proto in [name for name in names if name.endswith(".proto")]:
         stem = proto.removesuffix(".proto")
