@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +109,12 @@ def barely_fitting(name: str, out: Path, *, share: float, step_tokens: int) -> S
     """
     whole = shape_of(name, out)
     one_sequence = -(-(PROMPT_TOKENS + OUTPUT_TOKENS) // 16)
-    for layers in range(whole.layers, 0, -1):
-        shape = shape_of(name, out, layers=layers)
-        needed = one_sequence if layers == whole.layers else CUT_BLOCKS
-        if blocks_of(shape, share=share, step_tokens=step_tokens) >= needed:
-            return shape
+    with tempfile.TemporaryDirectory() as tries:
+        for layers in range(whole.layers, 0, -1):
+            shape = shape_of(name, Path(tries), layers=layers)
+            needed = one_sequence if layers == whole.layers else CUT_BLOCKS
+            if blocks_of(shape, share=share, step_tokens=step_tokens) >= needed:
+                return shape_of(name, out, layers=layers)
     raise RuntimeError(f"not one layer of {name} fits GPU 0 at memory share {share:g}")
 
 
