@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -168,6 +169,18 @@ async def test_a_client_that_does_not_read_costs_no_message_a_token(side: Any) -
             token_ids[name] += count
     assert token_ids == dict.fromkeys(names, 10_001)
     assert messages < 2_000
+
+
+async def test_a_token_that_waits_takes_a_few_bytes(side: Any) -> None:
+    call = side.stub.Session()
+    await call.write(start("a"))
+    await side.backend.wait("a")
+    tracemalloc.start()
+    for step in range(20_000):  # in one turn: its reader takes none of them
+        side.backend.give({"a": 300 + step % 700})
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10 * 20_000
 
 
 async def test_thousands_of_requests_leave_nothing_behind(side: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 from stagemesh.router.scheduler import Finish, Request
@@ -17,6 +19,9 @@ FINISH_REASONS = {
     Finish.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
     Finish.ABORT: inference_pb2.FINISH_REASON_ABORT,
 }
+
+
+NO_TOKENS = array("I")
 
 
 class Reader(Protocol):
@@ -65,8 +70,8 @@ class RequestStream:
         """Monotonic seconds; 0 until then."""
         self.trace: RequestTrace | None = None
         """Set where the request is sampled."""
-        self.pending: list[int] = []
-        """Token ids that were not taken yet."""
+        self.pending = NO_TOKENS[:]
+        """Token ids that were not taken yet; 4 bytes each, for a client that does not read lets them wait."""
         self.num_tokens = 0
         """Taken so far."""
         self.num_cached = 0
@@ -102,10 +107,10 @@ class RequestStream:
         if not self.pending:
             self.reader.note(self)
 
-    def take(self) -> tuple[list[int], str]:
+    def take(self) -> tuple[Sequence[int], str]:
         """The token ids that came since the last call, and the text that became final with them."""
         token_ids = self.pending
-        self.pending = []
+        self.pending = NO_TOKENS[:]
         if not self.num_tokens:
             self.first_token = time.monotonic()
         self.num_tokens += len(token_ids)
