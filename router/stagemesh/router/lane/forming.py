@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,8 +115,8 @@ class LinkOpener:
     def __init__(self, timeout_s: float, wanted: str = AUTO) -> None:
         self._timeout_s = timeout_s
         self._wanted = wanted
-        self._failures: dict[frozenset[str], list[str]] = {}
-        """What NCCL failed with between two addresses, since it last worked there."""
+        self._failures: dict[frozenset[str], deque[str]] = {}
+        """What NCCL failed with of late between two addresses, since it last worked there."""
 
     async def open(self, stages: Sequence[StageLink], epoch: int) -> None:
         """Open every link at once; each has passed a dummy when this returns, and its sender knows its transport.
@@ -146,7 +147,7 @@ class LinkOpener:
             link.sender.link_transport, link.sender.link_reason = link.transport, link.reason
 
     async def _open_nccl(self, link: _Link, epoch: int) -> None:
-        failures = self._failures.setdefault(_pair(link.sender, link.receiver), [])
+        failures = self._failures.setdefault(_pair(link.sender, link.receiver), deque(maxlen=NCCL_TRIES))
         try:
             await _open([link], epoch, self._timeout_s)
         except StagemeshError as error:
@@ -159,8 +160,8 @@ class LinkOpener:
 
     def _given_up(self, sender: StageLink, receiver: StageLink) -> str:
         """Why NCCL is no longer tried between two stages; empty: it is."""
-        failures = self._failures.get(_pair(sender, receiver), [])
-        if self._wanted != AUTO or len(failures) < NCCL_TRIES:
+        failures = self._failures.get(_pair(sender, receiver))
+        if self._wanted != AUTO or failures is None or len(failures) < NCCL_TRIES:
             return ""
         return f"nccl failed {len(failures)} times in a row, the last time: {failures[-1]}"
 
