@@ -130,8 +130,10 @@ def timeline(mesh: SimMesh, seconds: float) -> Iterator[list[Timeline]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield taken
-    watcher.join()
+    try:
+        yield taken
+    finally:
+        watcher.join()
 
 
 def control_delays(mesh: SimMesh, prompt: int, streams: int) -> ControlDelays:
