@@ -17,11 +17,16 @@ class AnsweringStub:
 
     def __init__(self) -> None:
         self.problem: StageLostError | None = None
+        self.silent: StageLostError | None = None
+        """What its PrepareLink ends with after a while."""
         self.opened: list[str] = []
 
     async def PrepareLink(
         self, request: stage_pb2.PrepareLinkRequest, timeout: float
     ) -> stage_pb2.PrepareLinkResponse:
+        if self.silent:
+            await asyncio.sleep(0.05)
+            raise self.silent
         return stage_pb2.PrepareLinkResponse()
 
     async def ConnectLink(
@@ -108,3 +113,15 @@ def test_a_transport_that_was_asked_for_is_not_given_up() -> None:
     stubs[0].problem = cannot()
     fail_to_open(opener, stages, NCCL_TRIES + 2)
     assert all("grpc" not in stub.opened for stub in stubs)
+
+
+def test_no_end_connects_before_every_stage_has_prepared() -> None:
+    """A stage whose worker hangs leaves the workers of the others as they are, and costs no pair its NCCL."""
+    stages, stubs = make_stages()
+    opener = LinkOpener(1.0)
+    stubs[1].silent = cannot("rank 0 did not prepare the link within 5 s")
+    fail_to_open(opener, stages, NCCL_TRIES + 1)
+    assert [stub.opened for stub in stubs] == [[], [], []]
+    stubs[1].silent = None
+    asyncio.run(opener.open(stages, 9))
+    assert [stage.link_transport for stage in stages] == ["nccl"] * 3

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from stagemesh.stage.leader import leader as leader_module
+from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.leader import StageLeader
+from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import StageLostError, UnavailableError
 
 
@@ -71,3 +73,21 @@ async def test_the_workers_of_a_stage_that_is_stopped_are_not_taken_for_lost(sce
     assert scene.happened[-1] == "stopped"
     assert not scene.group.lost.done()
     assert scene.leader.not_ready == "stopping"
+
+
+async def test_whoever_awaits_an_answer_of_ranks_that_are_gone_hears_it_at_once() -> None:
+    """Not after the seconds that an answer may take: other stages wait with them."""
+    nothing: Any = None
+    config: Any = SimpleNamespace(tp=2)
+    leader = StageLeader(config, nothing, "stage 1", nothing, "0")
+    group: Any = SimpleNamespace(broadcast=lambda *_: None)
+    leader._group = group
+    lane = LeaderLane(stage_pb2.OpenLaneRequest(epoch=5))
+    preparing = asyncio.create_task(leader.prepare_nccl(lane, stage_pb2.LINK_KIND_RING, 60.0))
+    await asyncio.sleep(0)
+    lane.answer(("prepare", stage_pb2.LINK_KIND_RING), 0, b"id")
+    lane.fail(StageLostError("worker 1 (pid 7) exited with code 4", reason="STAGE_LOST"))
+    async with asyncio.timeout(5):
+        with pytest.raises(StageLostError, match="exited with code 4"):
+            await preparing
+    lane.answer(("prepare", stage_pb2.LINK_KIND_RING), 1, b"late")

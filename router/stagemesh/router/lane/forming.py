@@ -121,6 +121,9 @@ class LinkOpener:
     async def open(self, stages: Sequence[StageLink], epoch: int) -> None:
         """Open every link at once; each has passed a dummy when this returns, and its sender knows its transport.
 
+        No end of an NCCL link is told to connect before every stage has prepared: one that waits inside NCCL for a
+        worker that hangs ends only with its process, and then the other end of its other link would wait for that.
+
         Whether a unix link can be is seen by opening it; where it cannot, and another transport is not ruled out, the
         link is opened over grpc. One that NCCL cannot open breaks this epoch, as both ends may hang in it: the error is
         raised, and after NCCL_TRIES of them the two stages get another transport.
@@ -138,25 +141,25 @@ class LinkOpener:
             if problem:
                 log.warning("%s to %s: no unix link: %s", link.sender.name, link.receiver.name, problem)
                 link.transport, link.reason = "grpc", f"{link.reason}; unix failed: {problem}"
-        others = [link for link in links if link.transport == "grpc"]
-        await _together(
-            *(self._open_nccl(link, epoch) for link in links if link.transport == "nccl"),
-            _open(others, epoch, self._timeout_s),
-        )
+        prepared = await _prepare([link for link in links if link.transport != "unix"], epoch)
+        await _together(*(self._connect(*one, epoch) for one in prepared))
         for link in links:
             link.sender.link_transport, link.sender.link_reason = link.transport, link.reason
 
-    async def _open_nccl(self, link: _Link, epoch: int) -> None:
-        failures = self._failures.setdefault(_pair(link.sender, link.receiver), deque(maxlen=NCCL_TRIES))
+    async def _connect(self, link: _Link, answer: stage_pb2.PrepareLinkResponse, epoch: int) -> None:
         try:
-            await _open([link], epoch, self._timeout_s)
+            await _connect(link, answer, epoch, self._timeout_s)
         except StagemeshError as error:
-            if error.reason == "LINK_FAILED":
-                failures.append(str(error))
+            if link.transport == "nccl" and error.reason == "LINK_FAILED":
+                self._failures_of(link).append(str(error))
                 if given_up := self._given_up(link.sender, link.receiver):
                     log.warning("%s and %s: %s", link.sender.name, link.receiver.name, given_up)
             raise
-        failures.clear()
+        if link.transport == "nccl":
+            self._failures_of(link).clear()
+
+    def _failures_of(self, link: _Link) -> deque[str]:
+        return self._failures.setdefault(_pair(link.sender, link.receiver), deque(maxlen=NCCL_TRIES))
 
     def _given_up(self, sender: StageLink, receiver: StageLink) -> str:
         """Why NCCL is no longer tried between two stages; empty: it is."""
@@ -173,7 +176,8 @@ def _pair(one: StageLink, other: StageLink) -> frozenset[str]:
 async def _try(link: _Link, epoch: int, timeout_s: float) -> FailedPreconditionError | None:
     """Open a unix link; why it could not be, unless a stage is at fault."""
     try:
-        await _open([link], epoch, timeout_s)
+        for one in await _prepare([link], epoch):
+            await _connect(*one, epoch, timeout_s)
     except FailedPreconditionError as error:
         if error.reason != "TRANSPORT_FAILED":
             raise
@@ -181,8 +185,9 @@ async def _try(link: _Link, epoch: int, timeout_s: float) -> FailedPreconditionE
     return None
 
 
-async def _open(links: Sequence[_Link], epoch: int, timeout_s: float) -> None:
-    prepared = await _all(
+async def _prepare(links: Sequence[_Link], epoch: int) -> list[tuple[_Link, stage_pb2.PrepareLinkResponse]]:
+    """Ask every receiver what its sender needs to know."""
+    answers = await _all(
         (
             link.receiver,
             link.receiver.stub.PrepareLink(
@@ -192,21 +197,25 @@ async def _open(links: Sequence[_Link], epoch: int, timeout_s: float) -> None:
         )
         for link in links
     )
+    return list(zip(links, answers, strict=True))
+
+
+async def _connect(link: _Link, answer: stage_pb2.PrepareLinkResponse, epoch: int, timeout_s: float) -> None:
+    """Tell both ends, at once."""
     connects = []
-    for link, answer in zip(links, prepared, strict=True):
-        for end, other in ((link.sender, link.receiver), (link.receiver, link.sender)):
-            sends = end is link.sender
-            request = stage_pb2.ConnectLinkRequest(
-                epoch=epoch,
-                kind=link.kind,
-                transport=link.transport,
-                sender=sends,
-                peer_address=other.address if sends or link.transport == "unix" else "",
-                nccl_unique_ids=answer.nccl_unique_ids,
-                unix_path=answer.unix_path if sends else "",
-                timeout_ms=int(timeout_s * 1000),
-            )
-            connects.append((end, end.stub.ConnectLink(request, timeout=timeout_s + RPC_TIMEOUT_S)))
+    for end, other in ((link.sender, link.receiver), (link.receiver, link.sender)):
+        sends = end is link.sender
+        request = stage_pb2.ConnectLinkRequest(
+            epoch=epoch,
+            kind=link.kind,
+            transport=link.transport,
+            sender=sends,
+            peer_address=other.address if sends or link.transport == "unix" else "",
+            nccl_unique_ids=answer.nccl_unique_ids,
+            unix_path=answer.unix_path if sends else "",
+            timeout_ms=int(timeout_s * 1000),
+        )
+        connects.append((end, end.stub.ConnectLink(request, timeout=timeout_s + RPC_TIMEOUT_S)))
     await _all(connects)
 
 

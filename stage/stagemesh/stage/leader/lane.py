@@ -57,15 +57,18 @@ class LeaderLane:
         return self.request.epoch
 
     def fail(self, error: StagemeshError) -> None:
-        """End the lane here: the Execute stream ends with the error. The first one counts."""
+        """End the lane here: the Execute stream ends with the error, and so does whoever awaits ranks. The first counts."""
         if self.error is None:
             self.error = error
+            for answer in (answer for answers in self._asked.values() for answer in answers):
+                if not answer.done():
+                    answer.set_exception(error)
             if self.stats:
                 self.stats.lanes_failed[error.code.name] += 1
             self.wake.set()
 
     def ask_ranks(self, question: tuple[object, ...], ranks: int) -> list[asyncio.Future[bytes]]:
-        """Where the answer of each rank will be."""
+        """Where the answer of each rank will be; whoever asks cancels those it no longer awaits."""
         loop = asyncio.get_running_loop()
         self._asked[question] = [loop.create_future() for _ in range(ranks)]
         return self._asked[question]

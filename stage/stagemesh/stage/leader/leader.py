@@ -316,17 +316,15 @@ class StageLeader:
     async def _answers(
         self, answers: list[asyncio.Future[bytes]], timeout_s: float, what: str
     ) -> list[bytes]:
-        _, late = await asyncio.wait(answers, timeout=timeout_s)
-        if late:
-            ranks = [rank for rank, answer in enumerate(answers) if answer in late]
-            for answer in late:
-                answer.cancel()
+        try:
+            return await asyncio.wait_for(asyncio.gather(*answers), timeout_s)
+        except TimeoutError:
+            late = [rank for rank, answer in enumerate(answers) if answer.cancelled()]
             raise StageLostError(
-                f"{self._name}: rank {ranks[0]} {what} within {timeout_s:g} s",
+                f"{self._name}: rank {late[0]} {what} within {timeout_s:g} s",
                 reason="LINK_FAILED",
                 stage=self._name,
-            )
-        return [answer.result() for answer in answers]
+            ) from None
 
     def hand_frame(self, data: bytes, arrival_ns: int) -> None:
         """Pass a frame to the workers as it came in."""
