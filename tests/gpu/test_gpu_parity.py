@@ -94,9 +94,9 @@ def test_sixty_four_at_once(tps: tuple[int, ...], mesh_of: MeshOf, reference: Re
 
 
 @pytest.mark.gpus(2)
-def test_sums_in_one_kernel_with_the_norm(mesh_of: MeshOf, reference: Reference) -> None:
-    """Few rows by one kernel, the prompts by two."""
-    flags = () if REHEARSAL else ("--fused-all-reduce",)
+def test_sums_and_norm_by_two_kernels(mesh_of: MeshOf, reference: Reference) -> None:
+    """As every step of many rows has them."""
+    flags = () if REHEARSAL else ("--no-fused-all-reduce",)
     compare(mesh_of((2,), stage_flags=flags), reference, NUM_CONCURRENT, seed=10)
 
 

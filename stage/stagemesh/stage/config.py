@@ -51,7 +51,7 @@ class StageConfig(BaseModel):
         default=True, description="Ranks sum small tensors through memory they share over NVLink."
     )
     fused_all_reduce: bool = Field(
-        default=False,
+        default=True,
         description="Ranks sum the products of a decode step in one kernel with the norm that follows.",
     )
     nccl_links: bool = Field(default=True, description="Offer NCCL to neighbour stages.")
