@@ -33,7 +33,8 @@ NUM_GPUS = 4 if REHEARSAL else torch.cuda.device_count()
 
 
 class GPUMesh(RunningMesh):
-    """A lane whose ranks have a GPU each, in order; `devices` may put a stage on the CPU.
+    """A lane whose ranks have a GPU each, in order, again from the first where there are too few; `devices` may put a
+    stage on the CPU.
 
     Args:
         folder: For logs.
@@ -158,16 +159,16 @@ class GPUMesh(RunningMesh):
         if self._devices[index] == "cpu" or REHEARSAL:
             flags += ["--device", "cpu", "--kv-memory", "64MiB"]
         else:
-            first = 0 if self._shared else self._gpus_before(index)
-            gpus = ",".join(str(first + rank) for rank in range(self.tps[index]))
+            gpus = ",".join(map(str, self.gpus(index)))
             flags += ["--device", "cuda", "--gpus", gpus, *self._gpu_flags]
         tp, count = self.tps[index], len(self.tps)
         return start_stage(self.folder, self.model, index, count, tp=tp, listen=listen, flags=flags)
 
-    def _gpus_before(self, index: int) -> int:
-        return sum(
-            tp for tp, device in zip(self.tps[:index], self._devices, strict=False) if device == "cuda"
-        )
+    def gpus(self, index: int) -> list[int]:
+        """Of a stage, in order of its ranks."""
+        before = zip(self.tps[:index], self._devices, strict=False)
+        first = 0 if self._shared else sum(tp for tp, device in before if device == "cuda")
+        return [(first + rank) % NUM_GPUS for rank in range(self.tps[index])]
 
 
 MeshOf = Callable[..., GPUMesh]
