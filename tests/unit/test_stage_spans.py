@@ -23,6 +23,10 @@ def step(number: int, *, traced: bool = True) -> stage_pb2.Step:
     return stage_pb2.Step(epoch=7, number=number, traceparent=traceparent(number) if traced else "")
 
 
+def message(*steps: stage_pb2.Step) -> bytes:
+    return stage_pb2.ExecuteRequest(steps=steps).SerializeToString()
+
+
 def timings(*numbers: int, parts: tuple[int, ...] = PARTS_NS) -> Timings:
     packed = (StepTiming(7, number, 1_000 * number, *parts, 99).pack() for number in numbers)
     return unpack_timings(b"".join(packed))
@@ -36,13 +40,13 @@ def make(**settings: Any) -> tuple[Exporter, StepSpans]:
 
 
 def test_the_bytes_of_a_traced_step_say_so() -> None:
-    assert TRACED in stage_pb2.ExecuteRequest(steps=[step(1, traced=False), step(2)]).SerializeToString()
-    assert TRACED not in stage_pb2.ExecuteRequest(steps=[step(1, traced=False)]).SerializeToString()
+    assert TRACED in message(step(1, traced=False), step(2))
+    assert TRACED not in message(step(1, traced=False))
 
 
 def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() -> None:
     exporter, spans = make()
-    spans.take_steps([step(1), step(2, traced=False), step(3)])
+    spans.take_message(message(step(1), step(2, traced=False), step(3)))
     spans.take_timings(timings(1, 2))
     spans.take_timings(timings(3, parts=(10, *PARTS_NS[1:])))
     found = exporter.spans()
@@ -64,28 +68,41 @@ def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() 
         assert edges[0][0] == stage.start_time_unix_nano
         assert edges[-1][1] == stage.end_time_unix_nano == edges[0][0] + 500 + queue_ns
         assert all(before[1] == after[0] for before, after in itertools.pairwise(edges))
-    assert not spans.open_steps
+    assert not spans._open_steps
     assert exporter.spans() == [], "given away twice"
 
 
 def test_spans_of_an_epoch_that_ended_are_kept_and_steps_that_never_ended_have_none() -> None:
     exporter, spans = make()
-    spans.take_steps([step(1), step(2)])
+    spans.take_message(message(step(1), step(2)))
     spans.take_timings(timings(1))
+    assert spans.any_traced
     spans.open_lane(2, 8)
-    assert not spans.open_steps
-    spans.take_steps([step(2)])
+    assert not spans.any_traced
+    spans.take_message(message(step(2)))
     assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
 
 
 def test_what_is_dropped_leaves_nothing_behind() -> None:
-    exporter, spans = make(max_queued=1)
+    exporter, spans = make(max_queued=2 * (1 + len(PARTS)))
     for number in (1, 2, 3):
-        spans.take_steps([step(number)])
+        spans.take_message(message(step(number)))
         spans.take_timings(timings(number))
-    assert not spans.open_steps
+    assert [span.name for span in exporter.spans()].count(Span.STAGE) == 2
+    assert spans.num_dropped == 2 * (1 + len(PARTS)), "a message and the timings of a step"
+    spans.take_message(message(step(4), step(5)))
+    spans.take_timings(timings(5))
+    assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
+    assert not spans._open_steps, "nobody will report step 4 any more"
+
+
+def test_bytes_that_look_like_a_traced_step_make_no_span() -> None:
+    exporter, spans = make()
+    data = stage_pb2.ExecuteRequest(steps=[stage_pb2.Step(epoch=7, number=1, release_slots=TRACED)])
+    assert TRACED in data.SerializeToString()
+    spans.take_message(data.SerializeToString())
+    spans.take_timings(timings(1))
     assert exporter.spans() == []
-    assert spans.num_dropped == 3 * (1 + len(PARTS))
 
 
 def test_ranks_are_remembered_for_a_number_of_steps() -> None:
@@ -93,9 +110,10 @@ def test_ranks_are_remembered_for_a_number_of_steps() -> None:
     spans = StepSpans(exporter, ranks=True)  # type: ignore[arg-type]
     spans.open_lane(2, 7)
     for number in (1, 5, 3 * RANKS_LAG, 3 * RANKS_LAG + 7):
-        spans.take_steps([step(number)])
-    assert list(spans._traced) == [3 * RANKS_LAG, 3 * RANKS_LAG + 7]
+        spans.take_message(message(step(number)))
     spans.take_timings(timings(3 * RANKS_LAG))
-    spans.take_rank(1, timings(3 * RANKS_LAG))
     ranks = [span for span in exporter.spans() if span.name == Span.RANK]
+    assert list(spans._traced) == [3 * RANKS_LAG, 3 * RANKS_LAG + 7]
+    spans.take_rank(1, timings(1, 3 * RANKS_LAG))
+    ranks += [span for span in exporter.spans() if span.name == Span.RANK]
     assert [span.attributes[0].value.int_value for span in ranks] == [0, 1]

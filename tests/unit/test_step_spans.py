@@ -36,7 +36,11 @@ class Lane:
         slots: list[int],
         admitted: list[Sequence] | None = None,
         released: list[int] | None = None,
+        *,
+        unfinished: int = 0,
+        same_rows_as: int = 0,
     ) -> str:
+        """Of the rows so many last ones are parts of prompts that go on."""
         count = len(slots)
         step = Step(
             number=number,
@@ -44,12 +48,13 @@ class Lane:
             slots=np.array(slots),
             counts=np.ones(count, np.int64),
             input_steps=np.ones(count, np.uint64),
-            tokens=[],
-            sample=np.ones(count, np.bool_),
+            tokens=[np.ones(1, np.uint32)] * unfinished,
+            sample=np.arange(count) < count - unfinished,
             sequences=np.empty(count, object),
             tenancies=np.zeros(count, np.int64),
             num_decodes=count,
             newest_input=1,
+            same_rows_as=same_rows_as,
         )
         traceparent = self.spans.step_sent(step)
         self.records.sent(step, 1_000 * number)
@@ -109,6 +114,22 @@ def test_steps_of_an_epoch_that_ended_keep_their_spans_and_those_without_answer_
     assert lane.send(1, [0]) == "", "nobody has a slot in a new epoch"
     (span,) = lane.exporter.spans()
     assert {e.key: e.value.int_value for e in span.attributes}[Attribute.EPOCH] == 5
+
+
+def test_a_step_that_repeats_rows_carries_who_was_sampled_in_them() -> None:
+    lane = Lane()
+    lane.send(1, [0, 1], [sequence(0, TRACES[0]), sequence(1)])
+    assert lane.send(2, [1]) == ""
+    assert lane.send(3, [0, 1], same_rows_as=1)
+    assert lane.send(4, [1], same_rows_as=2) == ""
+    lane.send(5, [0, 1, 2], [sequence(2, TRACES[1])], unfinished=1)
+    assert lane.send(6, [1, 2], unfinished=1)
+    assert lane.send(7, [0, 1], same_rows_as=5)
+    assert lane.send(8, [1], same_rows_as=6) == "", "the sampled request's prompt is not in it"
+    for number in (3, 5, 7):
+        lane.answer(number)
+    links = [[link.trace_id + link.span_id for link in span.links] for span in lane.exporter.spans()]
+    assert links == [[TRACES[0]], [TRACES[0], TRACES[1]], [TRACES[0]]]
 
 
 def test_links_are_bounded() -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 _COLUMNS = (Attribute.EPOCH, Attribute.STEP, Attribute.ROWS, Attribute.TOKENS, Attribute.PREFILL_TOKENS)
+REPEATED_WITHIN = 512
+"""Steps back that a step may repeat the rows of and be known by it."""
 ROOT_BYTES = 512
 """Of a root without its links, at most."""
 _MASK = (1 << 64) - 1
@@ -47,6 +49,8 @@ class StepSpans:
         self._traced = np.zeros(0, np.bool_)
         self._any_traced = False
         self._links: Bytes = np.zeros((0, LINK_ROW), np.uint8)
+        self._of_sampled = [b""] * REPEATED_WITHIN
+        """Links of the rows that each of the last steps sampled, by its number."""
         self.open_steps: dict[int, bytes] = {}
         """Links of the traced steps that have no answer yet."""
         self._done: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
@@ -73,6 +77,7 @@ class StepSpans:
         self._traced = np.zeros(max_slots, np.bool_)
         self._any_traced = False
         self._links = np.zeros((max_slots, LINK_ROW), np.uint8)
+        self._of_sampled = [b""] * REPEATED_WITHIN
         self.open_steps.clear()
 
     def step_sent(self, step: Step) -> str:
@@ -83,13 +88,24 @@ class StepSpans:
             self._any_traced = bool(self._traced.any())
         if changes.admitted:
             self._take_admitted(changes.admitted)
-        if not self._any_traced:
+        links = self._links_of(step) if self._any_traced else b""
+        # Not of a prompt that this step computes a part of.
+        sampled = self._links_in(step.sampled_slots) if links and step.tokens else links
+        self._of_sampled[step.number % REPEATED_WITHIN] = sampled
+        if not links:
             return ""
-        rows = self._traced[step.slots].nonzero()[0]
-        if not len(rows):
-            return ""
-        self.open_steps[step.number] = self._links[step.slots[rows[: self._max_links]]].tobytes()
+        self.open_steps[step.number] = links
         return self.ids.traceparent(step.number)
+
+    def _links_of(self, step: Step) -> bytes:
+        # Most steps repeat rows, and to look is dearer than it seems: between two steps the caches forget numpy.
+        if step.same_rows_as > max(0, step.number - REPEATED_WITHIN):
+            return self._of_sampled[step.same_rows_as % REPEATED_WITHIN]
+        return self._links_in(step.slots)
+
+    def _links_in(self, slots: Int64) -> bytes:
+        traced = slots[self._traced[slots]]
+        return self._links[traced[: self._max_links]].tobytes() if len(traced) else b""
 
     def _take_admitted(self, admitted: list[Sequence]) -> None:
         """They have slots from this step on."""
@@ -143,13 +159,14 @@ class StepIds:
 
     def __init__(self, trace_seed: int, span_seed: int) -> None:
         self._high = trace_seed or 1
+        self._head = f"00-{self._high:016x}"
         self._trace_seed = trace_seed
         self._span_seed = span_seed
 
     def traceparent(self, number: int) -> str:
         """Of step `number`, sampled."""
         trace, span = self._low(number)
-        return f"00-{self._high:016x}{trace:016x}-{span:016x}-01"
+        return f"{self._head}{trace:016x}-{span:016x}-01"
 
     def of(self, numbers: Int64) -> Bytes:
         """[N, 24] trace ids and ids of the root spans of steps."""

@@ -252,7 +252,7 @@ class StageLeader:
         if request.steps:
             lane.last_received = request.steps[-1].number
             if self._spans and TRACED in data:
-                self._spans.take_steps(request.steps)
+                self._spans.take_message(data)
             if self.stats:
                 self.stats.take_steps(request.steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
@@ -363,12 +363,12 @@ class StageLeader:
             lane.add_result(parts[0].bytes)
         elif kind is ToLeader.DONE:
             timings = lane.add_timings(parts[0].bytes)
-            if self._spans and self._spans.open_steps:
+            if self._spans and self._spans.any_traced:
                 self._spans.take_timings(timings)
             if self.stats:
                 self.stats.take_timings(timings)
         elif kind is ToLeader.RANK_DONE:
-            if self._spans:
+            if self._spans and self._spans.any_traced:
                 (rank,) = unpack(parts[0].bytes, U64, "rank", 1)
                 self._spans.take_rank(int(rank), unpack_timings(parts[1].bytes))
         elif kind is ToLeader.TENSOR:

@@ -1,6 +1,8 @@
 """The stage's part in the trace of a microbatch: a span, and a child for each part of its time.
 
-They are made from the timings that the workers report anyway, in the exporter's thread.
+They are made in the exporter's thread, from the router's messages and the timings that the workers report anyway. The
+serving thread only keeps both: between two steps the caches forget its code, and what takes a microsecond in a loop takes
+ten there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 STEPS_AT_ONCE = 2048
 """Whose spans are made together: a megabyte and a half."""
 RANKS_LAG = 1024
+"""Steps that a rank may report later than rank 0 does."""
 TRACEPARENT_LENGTH = 55
 _ID_DIGITS = np.r_[3:35, 36:52]
 TRACED = b"J700-"
@@ -49,18 +52,22 @@ class StepSpans:
     def __init__(self, exporter: SpanExporter, *, ranks: bool = False) -> None:
         self._ranks = ranks
         self._traced: dict[int, str] = {}
-        """Of the last RANKS_LAG steps, where ranks are wanted: they report later than rank 0."""
-        self._of_ranks: SpanBuffer[tuple[list[str], int, Timings]] = SpanBuffer(exporter.settings.max_queued)
+        """Of the last RANKS_LAG steps, where ranks are wanted."""
+        self._of_ranks: SpanBuffer[tuple[int, Timings]] = SpanBuffer(exporter.settings.max_queued)
         self._rank = SpanTemplate(
             Span.RANK,
             columns={Attribute.RANK: "int", **dict.fromkeys(PART_MS, "float")},
         )
         self._settings = exporter.settings
         self._stage_index = 0
-        self.open_steps: dict[int, str] = {}
-        """Traced steps whose spans are not made yet."""
+        self.any_traced = False
+        """Of this epoch's steps."""
+        self._messages: SpanBuffer[bytes] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        """ExecuteRequests with a traced step."""
         self._done: SpanBuffer[Timings] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
-        """All that was reported while there was one, traced or not: which is found out in the exporter's thread."""
+        """All that was reported since the first traced step, traced or not: which is found out in the exporter's thread."""
+        self._open_steps: dict[int, str] = {}
+        """Of the traced steps that have not been reported, the traceparents; the exporter's thread has found them."""
         self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
         self._making = threading.Lock()
         self._stage = _stage_template(0, 0)
@@ -70,49 +77,60 @@ class StepSpans:
     @property
     def num_dropped(self) -> int:
         """Spans that did not fit while the receiver was away."""
-        return self._done.num_dropped * SPANS_OF_A_STEP
+        return (self._messages.num_dropped + self._done.num_dropped) * SPANS_OF_A_STEP
 
     def open_lane(self, stage_index: int, epoch: int) -> None:
         """Steps of an older epoch do not end any more."""
-        for chunk in self._of_stage():
+        for chunk in self._make():
             self._made.add(chunk)
         self._stage_index = stage_index
         self._stage = _stage_template(stage_index, epoch)
-        self.open_steps.clear()
+        self.any_traced = False
+        self._open_steps.clear()
         self._traced.clear()
 
-    def take_steps(self, steps: Iterable[stage_pb2.Step]) -> None:
-        """Steps that came, one of which is traced."""
-        for step in steps:
-            if step.traceparent:
-                self.open_steps[step.number] = step.traceparent
-                if self._ranks:
-                    self._traced[step.number] = step.traceparent
-                    while (oldest := next(iter(self._traced))) <= step.number - RANKS_LAG:
-                        del self._traced[oldest]
+    def take_message(self, data: bytes) -> None:
+        """An ExecuteRequest came with a traced step, or with bytes that look like one."""
+        self._messages.add(data)
+        self.any_traced = True
 
     def take_timings(self, timings: Timings) -> None:
-        """Steps that are done; called while there are open steps."""
-        if not self._done.add(timings):
-            for number in timings["number"].tolist():
-                self.open_steps.pop(number, None)
+        """Steps that are done; called once a step is traced."""
+        self._done.add(timings)
         if self._ranks:
             self.take_rank(0, timings)
 
     def take_rank(self, rank: int, timings: Timings) -> None:
         """The same of one rank."""
-        traceparents = [self._traced.get(number, "") for number in timings["number"].tolist()]
-        if any(traceparents):
-            self._of_ranks.add((traceparents, rank, timings))
+        self._of_ranks.add((rank, timings))
 
     def _spans(self) -> list[Chunk]:
-        return [*self._made.take(), *self._of_stage(), *self._rank_spans()]
+        return [*self._made.take(), *self._make()]
 
-    def _rank_spans(self) -> list[Chunk]:
+    def _make(self) -> list[Chunk]:
+        with self._making:
+            # In this order: the message of a step that is done has come before.
+            of_ranks, done, messages = self._of_ranks.take(), self._done.take(), self._messages.take()
+            self._read(messages)
+            return [*self._stage_spans(done), *self._rank_spans(of_ranks)]
+
+    def _read(self, messages: Iterable[bytes]) -> None:
+        """Remember their traced steps."""
+        for data in messages:
+            for step in stage_pb2.ExecuteRequest.FromString(data).steps:
+                if step.traceparent:
+                    self._open_steps[step.number] = step.traceparent
+                    if self._ranks:
+                        self._traced[step.number] = step.traceparent
+
+    def _rank_spans(self, reported: Iterable[tuple[int, Timings]]) -> list[Chunk]:
         """Children of the stage's spans."""
         chunks = []
-        for found, rank, timings in self._of_ranks.take():
+        for rank, timings in reported:
+            found = [self._traced.get(number, "") for number in timings["number"].tolist()]
             traced = np.flatnonzero(np.array(found) != "")
+            if not len(traced):
+                continue
             table = timing_table([timings])[traced]
             traces, roots = parents_of(found[place] for place in traced)
             parts = table[:, PART_COLUMNS]
@@ -127,6 +145,9 @@ class StepSpans:
                 columns={Attribute.RANK: np.full(len(traced), rank), **milliseconds},
             )
             chunks.append((data, len(traced)))
+        newest = next(reversed(self._traced), 0)
+        for number in [number for number in self._traced if number <= newest - RANKS_LAG]:
+            del self._traced[number]
         return chunks
 
     def _stage_ids(self, roots: Bytes) -> Bytes:
@@ -134,15 +155,17 @@ class StepSpans:
         mixed = (np.ascontiguousarray(roots).view("<u8")[:, 0] ^ np.uint64(self._stage_index + 1)) * _MIX
         return ids((mixed ^ (mixed >> np.uint64(29)) | np.uint64(1)).astype("<u8").tobytes(), 8)
 
-    def _of_stage(self) -> list[Chunk]:
-        with self._making:
-            table = timing_table(self._done.take())
-            traceparents = [self.open_steps.pop(number, "") for number in table[:, 1].tolist()]
-            traced = [place for place, traceparent in enumerate(traceparents) if traceparent]
-            batches = (
-                traced[begin : begin + STEPS_AT_ONCE] for begin in range(0, len(traced), STEPS_AT_ONCE)
-            )
-            return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
+    def _stage_spans(self, done: Iterable[Timings]) -> list[Chunk]:
+        table = timing_table(done)
+        numbers = table[:, 1].tolist()
+        traceparents = [self._open_steps.pop(number, "") for number in numbers]
+        if numbers:
+            # A stage does its steps in order: what is open before one that is done was dropped.
+            for number in [number for number in self._open_steps if number < numbers[-1]]:
+                del self._open_steps[number]
+        traced = [place for place, traceparent in enumerate(traceparents) if traceparent]
+        batches = (traced[begin : begin + STEPS_AT_ONCE] for begin in range(0, len(traced), STEPS_AT_ONCE))
+        return [self._encode([traceparents[place] for place in batch], table[batch]) for batch in batches]
 
     def _encode(self, traceparents: list[str], table: Int64) -> Chunk:
         traces, roots = parents_of(traceparents)
