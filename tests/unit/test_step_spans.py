@@ -9,6 +9,7 @@ import pytest
 from exporter_for_tests import Exporter
 
 from stagemesh.router.lane.step_records import StepRecords
+from stagemesh.router.lane.timings import STEPS_KEPT
 from stagemesh.router.scheduler import Request, Step
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import Changes
@@ -36,11 +37,7 @@ class Lane:
         slots: list[int],
         admitted: list[Sequence] | None = None,
         released: list[int] | None = None,
-        *,
-        unfinished: int = 0,
-        same_rows_as: int = 0,
     ) -> str:
-        """Of the rows so many last ones are parts of prompts that go on."""
         count = len(slots)
         step = Step(
             number=number,
@@ -48,13 +45,12 @@ class Lane:
             slots=np.array(slots),
             counts=np.ones(count, np.int64),
             input_steps=np.ones(count, np.uint64),
-            tokens=[np.ones(1, np.uint32)] * unfinished,
-            sample=np.arange(count) < count - unfinished,
+            tokens=[],
+            sample=np.ones(count, np.bool_),
             sequences=np.empty(count, object),
             tenancies=np.zeros(count, np.int64),
             num_decodes=count,
             newest_input=1,
-            same_rows_as=same_rows_as,
         )
         traceparent = self.spans.step_sent(step)
         self.records.sent(step, 1_000 * number)
@@ -62,7 +58,6 @@ class Lane:
 
     def answer(self, number: int) -> None:
         self.records.done(number, 1_000 * number + 500)
-        self.spans.step_done(number)
 
 
 def sequence(slot: int, trace: bytes = b"") -> Sequence:
@@ -116,20 +111,24 @@ def test_steps_of_an_epoch_that_ended_keep_their_spans_and_those_without_answer_
     assert {e.key: e.value.int_value for e in span.attributes}[Attribute.EPOCH] == 5
 
 
-def test_a_step_that_repeats_rows_carries_who_was_sampled_in_them() -> None:
+def test_a_step_that_is_exported_before_its_answer_has_its_span_later() -> None:
     lane = Lane()
-    lane.send(1, [0, 1], [sequence(0, TRACES[0]), sequence(1)])
-    assert lane.send(2, [1]) == ""
-    assert lane.send(3, [0, 1], same_rows_as=1)
-    assert lane.send(4, [1], same_rows_as=2) == ""
-    lane.send(5, [0, 1, 2], [sequence(2, TRACES[1])], unfinished=1)
-    assert lane.send(6, [1, 2], unfinished=1)
-    assert lane.send(7, [0, 1], same_rows_as=5)
-    assert lane.send(8, [1], same_rows_as=6) == "", "the sampled request's prompt is not in it"
-    for number in (3, 5, 7):
-        lane.answer(number)
-    links = [[link.trace_id + link.span_id for link in span.links] for span in lane.exporter.spans()]
-    assert links == [[TRACES[0]], [TRACES[0], TRACES[1]], [TRACES[0]]]
+    lane.send(1, [0], [sequence(0, TRACES[0])])
+    lane.send(2, [0])
+    lane.answer(1)
+    assert len(lane.exporter.spans()) == 1
+    lane.answer(2)
+    (span,) = lane.exporter.spans()
+    assert span.end_time_unix_nano - span.start_time_unix_nano == 500
+
+
+def test_a_step_nobody_will_answer_is_forgotten() -> None:
+    lane = Lane()
+    lane.send(1, [0], [sequence(0, TRACES[0])])
+    assert lane.exporter.spans() == []
+    lane.send(1 + STEPS_KEPT, [0])
+    assert lane.exporter.spans() == []
+    assert [number for number, _ in lane.spans._open] == [1 + STEPS_KEPT]
 
 
 def test_links_are_bounded() -> None:

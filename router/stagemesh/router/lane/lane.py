@@ -377,8 +377,6 @@ class Lane:
     def _take_result(self, scheduler: Scheduler, result: stage_pb2.StepResult) -> None:
         self._sent_at.pop(result.number, None)
         self.records.done(result.number, time.monotonic_ns())
-        if self._spans and self._spans.open_steps:
-            self._spans.step_done(result.number)
         if self._step_log:
             self._log_result(result)
         token_ids = unpack(result.token_ids, U32, "token_ids")

@@ -13,6 +13,7 @@ from stagemesh.router.scheduler import Step
 
 COLUMNS = ("sent_ns", "done_ns", "rows", "tokens", "prefill_tokens")
 """Times are the router's monotonic clock; done_ns is 0 while there is no answer."""
+DONE_NS = COLUMNS.index("done_ns")
 
 
 class StepRecords:
@@ -40,7 +41,7 @@ class StepRecords:
     def done(self, number: int, done_ns: int) -> None:
         """Its answer came."""
         where = number % STEPS_KEPT
-        self._columns[where, 1] = done_ns
+        self._columns[where, DONE_NS] = done_ns
         self._active_ns.add_one(number, self._active.answered(int(self._columns[where, 0]), done_ns))
 
     def bubble_share(self, timings: StageTimings, first: int, last: int) -> float:
@@ -53,7 +54,7 @@ class StepRecords:
         """Of a stage, over the steps answered in the last WINDOW_S."""
         last = self._active_ns.last
         first = max(1, last - STEPS_KEPT // 2)
-        done_ns = self._columns[np.arange(first, last + 1) % STEPS_KEPT, 1]
+        done_ns = self._columns[np.arange(first, last + 1) % STEPS_KEPT, DONE_NS]
         oldest_ns = time.monotonic_ns() - int(WINDOW_S * 1e9)
         return self.bubble_share(timings, first + int(np.searchsorted(done_ns, oldest_ns)), last)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagemesh.router.lane.step_records import StepRecords
+from stagemesh.router.lane.step_records import DONE_NS, StepRecords
+from stagemesh.router.lane.timings import STEPS_KEPT
 from stagemesh.router.scheduler import Step
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.wire.telemetry.buffer import MAX_REQUEST_BYTES, Chunk, SpanBuffer
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 _COLUMNS = (Attribute.EPOCH, Attribute.STEP, Attribute.ROWS, Attribute.TOKENS, Attribute.PREFILL_TOKENS)
-REPEATED_WITHIN = 512
-"""Steps back that a step may repeat the rows of and be known by it."""
+_TRUE = b"\x01"
 ROOT_BYTES = 512
 """Of a root without its links, at most."""
 _MASK = (1 << 64) - 1
@@ -49,18 +51,18 @@ class StepSpans:
         self._traced = np.zeros(0, np.bool_)
         self._any_traced = False
         self._links: Bytes = np.zeros((0, LINK_ROW), np.uint8)
-        self._of_sampled = [b""] * REPEATED_WITHIN
-        """Links of the rows that each of the last steps sampled, by its number."""
-        self.open_steps: dict[int, bytes] = {}
-        """Links of the traced steps that have no answer yet."""
-        self._done: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
+        self._sent: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
+        """Numbers and links of traced steps; whether they have been answered is found out in the exporter's thread."""
+        self._open: list[tuple[int, bytes]] = []
+        """Those that had not been when it looked."""
+        self._making = threading.Lock()
         self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
         exporter.register(self._spans)
 
     @property
     def num_dropped(self) -> int:
         """Spans that did not fit while the receiver was away."""
-        return self._done.num_dropped
+        return self._sent.num_dropped
 
     def open_lane(self, epoch: int, max_slots: int, records: StepRecords) -> None:
         """A new epoch: no slot is taken, no step is on its way.
@@ -77,8 +79,7 @@ class StepSpans:
         self._traced = np.zeros(max_slots, np.bool_)
         self._any_traced = False
         self._links = np.zeros((max_slots, LINK_ROW), np.uint8)
-        self._of_sampled = [b""] * REPEATED_WITHIN
-        self.open_steps.clear()
+        self._open.clear()
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
@@ -88,24 +89,17 @@ class StepSpans:
             self._any_traced = bool(self._traced.any())
         if changes.admitted:
             self._take_admitted(changes.admitted)
-        links = self._links_of(step) if self._any_traced else b""
-        # Not of a prompt that this step computes a part of.
-        sampled = self._links_in(step.sampled_slots) if links and step.tokens else links
-        self._of_sampled[step.number % REPEATED_WITHIN] = sampled
-        if not links:
+        if not self._any_traced or not (links := self._links_in(step.slots)):
             return ""
-        self.open_steps[step.number] = links
+        self._sent.add((step.number, links))
         return self.ids.traceparent(step.number)
 
-    def _links_of(self, step: Step) -> bytes:
-        # Most steps repeat rows, and to look is dearer than it seems: between two steps the caches forget numpy.
-        if step.same_rows_as > max(0, step.number - REPEATED_WITHIN):
-            return self._of_sampled[step.same_rows_as % REPEATED_WITHIN]
-        return self._links_in(step.slots)
-
     def _links_in(self, slots: Int64) -> bytes:
-        traced = slots[self._traced[slots]]
-        return self._links[traced[: self._max_links]].tobytes() if len(traced) else b""
+        # A step in two has none, and whatever is called here has left the caches since the last step.
+        traced = self._traced.take(slots)
+        if _TRUE not in traced.tobytes():
+            return b""
+        return self._links.take(slots.compress(traced)[: self._max_links], axis=0).tobytes()
 
     def _take_admitted(self, admitted: list[Sequence]) -> None:
         """They have slots from this step on."""
@@ -116,22 +110,22 @@ class StepSpans:
             self._links[slots] = link_rows(ids(b"".join(one.request.trace for one in sampled), 24))
             self._traced[slots] = self._any_traced = True
 
-    def step_done(self, number: int) -> None:
-        """The step's result has come; called while there are open steps."""
-        if links := self.open_steps.pop(number, None):
-            self._done.add((number, links))
-
     def _spans(self) -> list[Chunk]:
         return [*self._made.take(), *self._make()]
 
     def _make(self) -> list[Chunk]:
-        done = self._done.take()
-        size = max(1, MAX_REQUEST_BYTES // (ROOT_BYTES + LINK_ROW * self._max_links))
-        return [self._encode(done[begin : begin + size]) for begin in range(0, len(done), size)]
+        with self._making:
+            links = dict([*self._open, *self._sent.take()])
+            numbers, columns = self._records.of(np.array(list(links), np.int64))
+            answered = columns[:, DONE_NS] > 0
+            numbers, columns = numbers[answered], columns[answered]
+            ended, oldest = set(numbers.tolist()), max(links, default=0) - STEPS_KEPT
+            self._open = [one for one in links.items() if one[0] not in ended and one[0] > oldest]
+            size = max(1, MAX_REQUEST_BYTES // (ROOT_BYTES + LINK_ROW * self._max_links))
+            batches = (slice(begin, begin + size) for begin in range(0, len(numbers), size))
+            return [self._encode(numbers[some], columns[some], links) for some in batches]
 
-    def _encode(self, done: list[tuple[int, bytes]]) -> Chunk:
-        links = dict(done)
-        numbers, columns = self._records.of(np.array(list(links), np.int64))
+    def _encode(self, numbers: Int64, columns: Int64, links: Mapping[int, bytes]) -> Chunk:
         sent, ended, *shape = columns.T
         contexts = self.ids.of(numbers)
         wall = time.time_ns() - time.monotonic_ns()
