@@ -45,7 +45,7 @@ class Mesh:
     def __init__(self, last: int = 20, *, every_step: bool = False) -> None:
         self.exporter = Exporter()
         self.steps = StepSpans(self.exporter, "lane-0")  # type: ignore[arg-type]
-        self.steps.open_lane(5, 8, StepRecords())
+        self.steps.open_lane(5, StepRecords())
         self.requests = RequestSpans(self.exporter, self.steps, every_step=every_step)  # type: ignore[arg-type]
         self.stages = [self._stage(index, last) for index in range(2)]
         self.requests.stages = self.stages
@@ -142,7 +142,7 @@ def test_requests_of_an_epoch_that_ended_keep_its_times_and_its_steps() -> None:
     mesh.requests.close_lane()
     for stage in mesh.stages:
         stage.timings.clear()
-    mesh.steps.open_lane(6, 8, StepRecords())
+    mesh.steps.open_lane(6, StepRecords())
     spans = mesh.spans()
     assert Counter(s.name for s in spans) == {Span.QUEUE: 1, Span.PREFILL: 2, Span.DECODE: 2}
     assert {link.trace_id + link.span_id for s in spans for link in s.links} == {number_1}

@@ -12,7 +12,7 @@ from stagemesh.wire.telemetry.span_columns import (
     TextAttribute,
     attribute,
     ids,
-    link_rows,
+    link,
     parent_field,
     status,
 )
@@ -60,7 +60,8 @@ def test_a_batch_parses_as_the_spans_it_was_made_of() -> None:
 def test_roots_have_no_parent_and_links_of_their_own() -> None:
     template = SpanTemplate("step", root=True)
     contexts = ids(bytes(range(48)), 24)
-    links = [b"", link_rows(contexts[:1]).tobytes(), link_rows(contexts).tobytes()]
+    made = [link(context.tobytes()) for context in contexts]
+    links = [b"", made[0], b"".join(made)]
     data = template.encode(trace_ids=TRACES, span_ids=SPANS, starts_ns=STARTS, ends_ns=ENDS, tails=links)
     spans = ScopeSpans.FromString(data).spans
     assert [len(span.links) for span in spans] == [0, 1, 2]

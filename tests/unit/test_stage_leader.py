@@ -91,3 +91,19 @@ async def test_whoever_awaits_an_answer_of_ranks_that_are_gone_hears_it_at_once(
         with pytest.raises(StageLostError, match="exited with code 4"):
             await preparing
     lane.answer(("prepare", stage_pb2.LINK_KIND_RING), 1, b"late")
+
+
+def test_messages_with_traced_steps_are_kept_for_their_spans() -> None:
+    nothing: Any = None
+    kept: list[bytes] = []
+    spans: Any = SimpleNamespace(take_message=kept.append)
+    leader = StageLeader(nothing, nothing, "stage 1", nothing, "0", spans)
+    group: Any = SimpleNamespace(broadcast=lambda *_: None)
+    leader._group = group
+    lane = LeaderLane(stage_pb2.OpenLaneRequest(epoch=5))
+    plain, traced = stage_pb2.Step(number=1), stage_pb2.Step(number=2, traceparent="00-")
+    for steps in ([plain], [traced], [traced, plain]):
+        request = stage_pb2.ExecuteRequest(steps=steps)
+        leader.hand_steps(lane, request, request.SerializeToString(), 0)
+    assert [len(stage_pb2.ExecuteRequest.FromString(data).steps) for data in kept] == [1, 2]
+    assert lane.last_received == 1

@@ -28,7 +28,7 @@ class Lane:
         self.open(5)
 
     def open(self, epoch: int) -> None:
-        self.spans.open_lane(epoch, 8, self.records)
+        self.spans.open_lane(epoch, self.records)
         self.records.clear()
 
     def send(
@@ -164,4 +164,4 @@ def test_a_slot_that_is_given_back_and_given_away_in_one_step_is_the_next_ones()
     assert lane.send(3, [0, 1], [sequence(0), sequence(1, TRACES[2])], released=[0, 1])
     assert lane.send(4, [0]) == ""
     assert lane.send(5, [0], released=[1]) == ""
-    assert not lane.spans._any_traced, "from here on a step costs one branch"
+    assert not lane.spans._links, "from here on a step costs two branches"

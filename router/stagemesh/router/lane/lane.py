@@ -218,7 +218,7 @@ class Lane:
         self.num_formed += 1
         self._sent_at.clear()
         if self._spans:
-            self._spans.open_lane(self.epoch, limits.max_slots, self.records)
+            self._spans.open_lane(self.epoch, self.records)
         self.records.clear()
         self.stats.open_lane(limits.max_slots)
         self.stats.totals.open_lane(self.scheduler)

@@ -13,16 +13,14 @@ import numpy as np
 from stagemesh.router.lane.step_records import DONE_NS, StepRecords
 from stagemesh.router.lane.timings import STEPS_KEPT
 from stagemesh.router.scheduler import Step
-from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.wire.telemetry.buffer import MAX_REQUEST_BYTES, Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import Attribute, Span
-from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, Int64, SpanTemplate, ids, link_rows
+from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, Int64, SpanTemplate, link
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
 
 _COLUMNS = (Attribute.EPOCH, Attribute.STEP, Attribute.ROWS, Attribute.TOKENS, Attribute.PREFILL_TOKENS)
-_TRUE = b"\x01"
 ROOT_BYTES = 512
 """Of a root without its links, at most."""
 _MASK = (1 << 64) - 1
@@ -48,9 +46,8 @@ class StepSpans:
         self.ids = StepIds(1, 1)
         self._epoch = 0
         self._records = StepRecords()
-        self._traced = np.zeros(0, np.bool_)
-        self._any_traced = False
-        self._links: Bytes = np.zeros((0, LINK_ROW), np.uint8)
+        self._links: dict[int, bytes] = {}
+        """By slot: the link to the sampled request that has it."""
         self._sent: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
         """Numbers and links of traced steps; whether they have been answered is found out in the exporter's thread."""
         self._open: list[tuple[int, bytes]] = []
@@ -64,51 +61,37 @@ class StepSpans:
         """Spans that did not fit while the receiver was away."""
         return self._sent.num_dropped
 
-    def open_lane(self, epoch: int, max_slots: int, records: StepRecords) -> None:
+    def open_lane(self, epoch: int, records: StepRecords) -> None:
         """A new epoch: no slot is taken, no step is on its way.
 
         Args:
             epoch: Of the lane.
-            max_slots: Sequences at once.
             records: Of the steps; they may be emptied after this call, not before.
         """
         for chunk in self._make():
             self._made.add(chunk)
         self.ids = StepIds(secrets.randbits(64), secrets.randbits(64))
         self._epoch, self._records = epoch, records
-        self._traced = np.zeros(max_slots, np.bool_)
-        self._any_traced = False
-        self._links = np.zeros((max_slots, LINK_ROW), np.uint8)
+        self._links.clear()
         self._open.clear()
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
-        changes = step.changes
-        if self._any_traced and changes.released:
-            self._traced[changes.released] = False
-            self._any_traced = bool(self._traced.any())
-        if changes.admitted:
-            self._take_admitted(changes.admitted)
-        if not self._any_traced or not (links := self._links_in(step.slots)):
+        # Without numpy: its code has left the caches since the last step, and each call here would cost microseconds.
+        links, changes = self._links, step.changes
+        if links:
+            for slot in changes.released:
+                links.pop(slot, None)
+        for sequence in changes.admitted:
+            if sequence.request.trace:
+                links[sequence.slot] = link(sequence.request.trace)
+            elif links:
+                links.pop(sequence.slot, None)
+        if not links or links.keys().isdisjoint(slots := step.slots.tolist()):
             return ""
-        self._sent.add((step.number, links))
+        found = [links[slot] for slot in slots if slot in links]
+        self._sent.add((step.number, b"".join(found[: self._max_links])))
         return self.ids.traceparent(step.number)
-
-    def _links_in(self, slots: Int64) -> bytes:
-        # A step in two has none, and whatever is called here has left the caches since the last step.
-        traced = self._traced.take(slots)
-        if _TRUE not in traced.tobytes():
-            return b""
-        return self._links.take(slots.compress(traced)[: self._max_links], axis=0).tobytes()
-
-    def _take_admitted(self, admitted: list[Sequence]) -> None:
-        """They have slots from this step on."""
-        if self._any_traced:
-            self._traced[[sequence.slot for sequence in admitted]] = False
-        if sampled := [sequence for sequence in admitted if sequence.request.trace]:
-            slots = [sequence.slot for sequence in sampled]
-            self._links[slots] = link_rows(ids(b"".join(one.request.trace for one in sampled), 24))
-            self._traced[slots] = self._any_traced = True
 
     def _spans(self) -> list[Chunk]:
         return [*self._made.take(), *self._make()]

@@ -17,7 +17,7 @@ from stagemesh.stage.config import StageConfig
 from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.loading import LoadDisplay, load_line
 from stagemesh.stage.leader.stats import StageStats
-from stagemesh.stage.leader.step_spans import TRACED, StepSpans
+from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.unix_link import UnixListener, UnixReading, connect
 from stagemesh.stage.leader.worker_group import WorkerGroup
 from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker, unpack_timings
@@ -249,12 +249,13 @@ class StageLeader:
         self, lane: LeaderLane, request: stage_pb2.ExecuteRequest, data: bytes, arrival_ns: int
     ) -> None:
         """Pass a message of steps to the workers as it came in."""
-        if request.steps:
-            lane.last_received = request.steps[-1].number
-            if self._spans and TRACED in data:
+        if steps := request.steps:
+            newest = steps[-1]
+            lane.last_received = newest.number
+            if self._spans and (newest.traceparent or len(steps) > 1):
                 self._spans.take_message(data)
             if self.stats:
-                self.stats.take_steps(request.steps)
+                self.stats.take_steps(steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
 
     async def prepare_nccl(self, lane: LeaderLane, kind: int, timeout_s: float) -> list[bytes]:

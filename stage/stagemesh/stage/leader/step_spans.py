@@ -30,9 +30,6 @@ RANKS_LAG = 1024
 """Steps that a rank may report later than rank 0 does."""
 TRACEPARENT_LENGTH = 55
 _ID_DIGITS = np.r_[3:35, 36:52]
-TRACED = b"J700-"
-"""What the bytes of a step have that is traced: tag, length and beginning of its traceparent. Others may have
-it by chance. To look for it is what a step costs that is not traced."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 SPANS_OF_A_STEP = 1 + len(PARTS)
 SENT_BYTES = 8
@@ -63,7 +60,7 @@ class StepSpans:
         self.any_traced = False
         """Of this epoch's steps."""
         self._messages: SpanBuffer[bytes] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
-        """ExecuteRequests with a traced step."""
+        """ExecuteRequests in which there may be a traced step."""
         self._done: SpanBuffer[Timings] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
         """All that was reported since the first traced step, traced or not: which is found out in the exporter's thread."""
         self._open_steps: dict[int, str] = {}
@@ -90,7 +87,7 @@ class StepSpans:
         self._traced.clear()
 
     def take_message(self, data: bytes) -> None:
-        """An ExecuteRequest came with a traced step, or with bytes that look like one."""
+        """An ExecuteRequest came in which a step may be traced."""
         self._messages.add(data)
         self.any_traced = True
 
