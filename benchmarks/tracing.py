@@ -50,7 +50,7 @@ REQUESTS = 768
 """Of a turn: each stream has four. In shorter turns chance weighs more: how steps fall out, when reports come."""
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
-RUNS = {"1%": 16, "all": 6}
+RUNS = {"1%": 24, "all": 6}
 """Least is at stake at 1%, so it has most."""
 ON_TURNS = 2
 """Of a run. A run has an odd number of turns, lest turns that sample are always the even ones."""
