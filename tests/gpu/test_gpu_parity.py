@@ -81,7 +81,7 @@ def test_four_stages(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "mesh").mkdir()
     model = make_model(tmp_path / "model", layers=4)
-    mesh = GPUMesh(tmp_path / "mesh", model, (1, 1, 1, 1))
+    mesh = GPUMesh(tmp_path / "mesh", model, (1, 1, 1, 1), share=0.1)
     try:
         mesh.wait_ready()
         check_links(mesh)
