@@ -82,11 +82,25 @@ def test_a_hiccup_is_not_a_cost_and_a_slower_stage_is_believed() -> None:
 
 def test_positions_within_a_budget_cost_it() -> None:
     model = CostModel(1)
-    model._coefficients = np.array([[0.0, 0.0, 1e-5, 1e-8, 1e-8]])
-    few = [model.positions_within(np.array([4 * MS]), start) for start in (0, 1000, 10_000, 50_000)]
+    model._rows = [[0.0, 0.0, 1e-5, 1e-8, 1e-8]]
+    few = [model.positions_within([4 * MS], start) for start in (0, 1000, 10_000, 50_000)]
     assert few == sorted(few, reverse=True)
     for start, count in zip((0, 1000, 10_000), few, strict=False):
         assert model.chunk_seconds(start, count)[0] == pytest.approx(4 * MS, rel=0.02)
+
+
+def test_the_stage_with_least_left_bounds_a_chunk() -> None:
+    model = CostModel(3)
+    model._rows = [[1 * MS, 0.0, position_s, 0.0, 0.0] for position_s in (0.01 * MS, 0.04 * MS, 0.0)]
+    assert model.positions_within([8 * MS, 4 * MS, 0.0], 0) == pytest.approx(100, abs=1)
+    assert model.positions_within([1 * MS, 8 * MS, 0.0], 0) == pytest.approx(100, abs=1)
+    assert model.positions_within([0.0, 8 * MS, 8 * MS], 0) == 0
+    assert model.chunk_seconds(0, 100) == pytest.approx([1 * MS, 4 * MS, 0.0])
+
+
+def test_positions_that_cost_nothing_fit_without_bound() -> None:
+    model = CostModel(1)
+    assert model.positions_within([0.0], 0) > 1_000_000
 
 
 # Microbatches in flight

@@ -7,6 +7,9 @@ before it. The coefficients follow by least squares over the last steps, older o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -54,6 +57,8 @@ class CostModel:
         self._moment = np.zeros((num_stages, NUM_TERMS))
         self._num_steps = np.zeros(num_stages, np.int64)
         self._coefficients = np.zeros((num_stages, NUM_TERMS))
+        self._rows: list[list[float]] = self._coefficients.tolist()
+        """The same for the arithmetic of one prompt, for which numpy takes longer unless the stages are many."""
         self._stale = False
         self._expected = np.zeros((num_stages, NUM_TERMS))
         """What outliers are told by. Not the coefficients, which are also solved for when somebody looks: what is
@@ -67,9 +72,7 @@ class CostModel:
     @property
     def coefficients(self) -> Float64:
         """[stages, terms] seconds for one of each term."""
-        if self._stale:
-            self._coefficients = self._solve() / SCALES
-            self._stale = False
+        self._refresh()
         return self._coefficients
 
     def observe(self, stage: int, shapes: Float64, seconds: Float64) -> None:
@@ -104,33 +107,46 @@ class CostModel:
         predicted: Float64 = shapes @ self.coefficients.T
         return predicted
 
-    def positions_within(self, budgets: Float64, start: int) -> int:
+    def positions_within(self, budgets: Sequence[float], start: int) -> int:
         """How many positions of a prompt fit what is left of a step.
 
         Args:
             budgets: [stages] seconds left on each.
             start: Cells before the chunk.
         """
-        _, _, position, cell, pair = self.coefficients.T
-        # The cost of n positions is square * n² + linear * n + cell * start.
-        square, linear, rest = pair / 2, position + cell + pair * start, budgets - cell * start
-        rest = np.maximum(rest, 0.0)
-        root = np.sqrt(linear**2 + 4 * square * rest)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            most = 2 * rest / (linear + root)
-        fitting = np.where(linear + root > 0, most, np.inf).min()
-        return int(min(fitting, 1 << 30))
+        fitting = float(1 << 30)
+        for budget, (_, _, position, cell, pair) in zip(budgets, self._by_stage(), strict=True):
+            # The cost of n positions is square * n² + linear * n + cell * start.
+            square, linear = pair / 2, position + cell + pair * start
+            rest = max(budget - cell * start, 0.0)
+            root = math.sqrt(linear * linear + 4 * square * rest)
+            if linear + root > 0:
+                fitting = min(fitting, 2 * rest / (linear + root))
+        return int(fitting)
 
     def positions_seconds(self, count: float) -> Float64:
         """[stages] seconds that so many positions of prompts take, without what they read of the context."""
         seconds: Float64 = self.coefficients[:, 2] * count
         return seconds
 
-    def chunk_seconds(self, start: int, count: int) -> Float64:
+    def chunk_seconds(self, start: int, count: int) -> list[float]:
         """[stages] seconds that a chunk adds to a step."""
-        _, _, position, cell, pair = self.coefficients.T
-        seconds: Float64 = position * count + cell * (start + count) + pair * count * (start + count / 2)
-        return seconds
+        return [
+            position * count + cell * (start + count) + pair * count * (start + count / 2)
+            for _, _, position, cell, pair in self._by_stage()
+        ]
+
+    def _by_stage(self) -> list[list[float]]:
+        """[stages][terms] the coefficients."""
+        self._refresh()
+        return self._rows
+
+    def _refresh(self) -> None:
+        """Solve again if steps were observed since."""
+        if self._stale:
+            self._coefficients = self._solve() / SCALES
+            self._rows = self._coefficients.tolist()
+            self._stale = False
 
     def _solve(self) -> Float64:
         """Least squares; terms that come out negative are left out, and the rest is solved again."""

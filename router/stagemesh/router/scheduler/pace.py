@@ -56,7 +56,7 @@ class PipelineState:
 class Allowance:
     """What is left of one step for prefill."""
 
-    def __init__(self, costs: CostModel, left_s: Float64 | None, floor: int, enough: int) -> None:
+    def __init__(self, costs: CostModel, left_s: list[float] | None, floor: int, enough: int) -> None:
         self._costs = costs
         self._left_s = left_s
         self._floor = floor
@@ -82,7 +82,8 @@ class Allowance:
         """A chunk was taken."""
         self._spent = True
         if self._left_s is not None:
-            self._left_s = np.maximum(self._left_s - self._costs.chunk_seconds(start, count), 0.0)
+            taken_s = self._costs.chunk_seconds(start, count)
+            self._left_s = [max(left - taken, 0.0) for left, taken in zip(self._left_s, taken_s, strict=True)]
 
 
 class Pace:
@@ -190,7 +191,7 @@ class Pace:
         allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, at_hand, lately)
         none = np.zeros(0, np.int64)
         left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
-        return Allowance(self.costs, left_s, max(floor, 1), self._limits.block_size)
+        return Allowance(self.costs, left_s.tolist(), max(floor, 1), self._limits.block_size)
 
     def state(self) -> PipelineState:
         """For people."""
