@@ -25,7 +25,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("linears", r"gemm|nvjet|cutlass|xmma|cublas|splitK|gemv"),
     ("norms", r"norm"),
     ("rope, activation, tables", r"rope|silu|embed|flatten|change|_tables|add|elementwise"),
-    ("copies", r"Memcpy|Memset"),
+    ("copies", r"Memcpy|Memset|_transfer"),
 )
 
 

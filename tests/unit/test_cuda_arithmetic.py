@@ -240,13 +240,14 @@ class PlanModule:
     def plan(self, *args: Any) -> dict[str, Any]:
         names = ("begins", "kv_begins", "lengths", "tokens", "rows")
         found = dict(zip(names, args[3:], strict=False))
-        return {**found, "graph": args[11], "whole": args[17]}
+        return {**found, "workspace": args[1], "graph": args[11], "whole": args[17]}
 
 
 def flashinfer_attention() -> Any:
     attention = FlashInferAttention.__new__(FlashInferAttention)
     attention._module, attention._most_splits = PlanModule(), 33
-    attention._float_workspace = attention._decode_workspace = attention._prefill_workspace = None
+    attention._float_workspace = attention._prefill_workspace = None
+    attention._decode_workspace, attention._whole = torch.zeros(16), {}
     attention.cache = SimpleNamespace(block_size=4)  # type: ignore[assignment]
     attention.shape = SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=8)  # type: ignore[assignment]
     return attention
@@ -275,9 +276,13 @@ def test_contexts_are_split_in_graphs_of_few_rows_where_one_is_long() -> None:
     attention.plan(short, slot, bucket=4, split=False)
     plan = attention._decode_plan
     # A padding row is work without keys: the graph's grid is one tile for each row.
-    assert (plan["begins"].tolist(), plan["kv_begins"].tolist()) == ([0, 1, 2, 3, 4], [0, 2, 4, 4, 4])
+    assert plan["begins"].tolist() == [0, 1, 2, 3, 4]
     assert (plan["graph"], plan["whole"], plan["tokens"]) == (False, True, 4)
+    attention.plan(plan_rows(batch([(9, 1, [1, 2, 7])], 4), 4), slot, bucket=4, split=False)
+    assert attention._decode_plan is plan and attention._decode_in is plan["workspace"]
+    assert attention._decode_in is not attention._decode_workspace
     attention.plan(short, slot, bucket=4, split=True)
     plan = attention._decode_plan
     assert plan["begins"].tolist() == [0, 1, 2, 2, 2]
     assert (plan["graph"], plan["whole"]) == (True, False)
+    assert attention._decode_in is attention._decode_workspace

@@ -1,7 +1,8 @@
 """The engine that computes a rank's steps on a GPU.
 
 The launch path waits for nothing: a step's columns are written to pinned memory that no earlier step still
-uses, copied, and everything else is queued behind the copy on one compute stream. Sampled tokens stay on the
+uses, and everything is queued on one compute stream: a kernel that fetches the columns, the step, a kernel that leaves
+its tokens in pinned memory. Sampled tokens stay on the
 device, by slot, where the next step's embedding finds them. Decode steps replay a graph of their size. Of steps with
 some prefill what lies between two attentions is a graph (the piecewise graphs of vLLM and SGLang): attention is
 planned anew for any mix of rows. Steps with much of it launch kernel by kernel.
@@ -37,6 +38,7 @@ from stagemesh.stage.engine.batch import Batch, SamplingColumns
 from stagemesh.stage.engine.interface import RankFacts, StepHandle, StepInputs, StepOutput
 from stagemesh.stage.kernels.choose import best_keys, take_tokens
 from stagemesh.stage.kernels.tables import change_tables, flatten_tables
+from stagemesh.stage.kernels.transfer import transfer
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import InvalidArgumentError
 
@@ -232,13 +234,17 @@ class CudaEngine:
         section = bucket_for(self._section_sizes, batch.num_tokens) if self._sections else None
         layout = self._layouts[bucket] if bucket else self._layout_of(batch, section)
         split = parts.attention.variant(rows, bucket) if bucket else False
-        self._stage(slot, layout, batch, rows, inputs, bucket, split)
+        self._write(slot, layout, batch, rows, inputs, bucket, split)
         linked = self.links.receives_hidden or self.links.receives_ring
+        if not linked:
+            slot.begun.record()  # next to the end of the step before: an event between two kernels delays the second
+        transfer(slot.columns, self._columns, layout.size)
         if linked:
             slot.awaited.record()
         self.links.await_ring(batch)
         self._receive(batch, inputs, slot)
-        slot.begun.record()
+        if linked:
+            slot.begun.record()
         if bucket:
             self._num_steps["by a graph"] += 1
             self._graphs[bucket, split].replay()
@@ -268,6 +274,14 @@ class CudaEngine:
         return rows if self._last else 0
 
     def _stage(
+        self, slot: StagingSlot, layout: Layout, batch: Batch, bucket: int | None = None, split: bool = False
+    ) -> None:
+        """Everything a step of padding needs."""
+        rows = plan_rows(batch, self._block_size)
+        self._write(slot, layout, batch, rows, self._no_inputs(batch), bucket, split)
+        transfer(slot.columns, self._columns, layout.size)
+
+    def _write(
         self,
         slot: StagingSlot,
         layout: Layout,
@@ -277,7 +291,7 @@ class CudaEngine:
         bucket: int | None = None,
         split: bool = False,
     ) -> None:
-        """Everything the step needs from the host, copied ahead of its kernels."""
+        """Everything the step needs from the host, where its kernels will find it."""
         parts = self._parts
         fill(
             slot.numbers,
@@ -289,7 +303,6 @@ class CudaEngine:
             scratch_cell=parts.cache.scratch_cell,
             scratch_slot=parts.cache.scratch_slot,
         )
-        self._columns[: layout.size].copy_(slot.columns[: layout.size], non_blocking=True)
         parts.attention.plan(rows, slot, bucket=bucket, split=split)
 
     def _receive(self, batch: Batch, inputs: StepInputs, slot: StagingSlot) -> None:
@@ -413,8 +426,7 @@ class CudaEngine:
             samples = len(batch.sampled_rows)
             if graph_layout:
                 self._choose_filtered(batch, self._columns_of(graph_layout), slice(0, samples))
-            if samples:
-                slot.tokens[:samples].copy_(buffers.tokens[:samples], non_blocking=True)
+            transfer(buffers.tokens, slot.tokens, samples)
             step = DeviceStep(slot, samples, None)
             if inputs.debug_logits and samples:
                 step.logits = self._parts.filtered.gather(buffers.logits[:samples]).clone()
@@ -471,10 +483,12 @@ class CudaEngine:
             batch = padding_batch(counts, parts.cache.scratch_slot, start)
             _, slot = self._staging.take()
             layout = self._layout_of(batch)
-            self._stage(slot, layout, batch, plan_rows(batch, self._block_size), self._no_inputs(batch))
+            self._stage(slot, layout, batch)
             summed = self._compute(layout, batch)
             count = batch.num_tokens
             torch.add(parts.buffers.residual[:count], summed, out=parts.buffers.partial[:count])
+            if self._last:
+                transfer(parts.buffers.tokens, slot.tokens, layout.samples)
             parts.device.synchronize()
             slot.in_use = False
         self._columns.zero_()
@@ -518,8 +532,7 @@ class CudaEngine:
         device, layout = self._parts.device, self._layouts[size]
         _, slot = self._staging.take()
         batch = padding_batch([1], self._parts.cache.scratch_slot)
-        rows = plan_rows(batch, self._block_size)
-        self._stage(slot, layout, batch, rows, self._no_inputs(batch), size, split)
+        self._stage(slot, layout, batch, size, split)
         self._compute(layout, None)  # once without a graph: kernels load
         device.synchronize()
 

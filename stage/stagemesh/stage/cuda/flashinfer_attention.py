@@ -5,7 +5,8 @@ and back, and have one pinned buffer where steps are planned ahead of the device
 one copy of a few KiB from the step's own staging slot.
 
 In a decode graph the plan has a fixed shape. Where contexts are split, rows that a step does not fill have no queries
-there; where they are not, each row is one piece of work, that of a padding row without keys.
+there; where they are not, each row is one piece of work, that of a padding row without keys. Such a plan is the same for
+every step of its graph (lengths are read from the columns): made when the graph is captured, in memory of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from stagemesh.stage.cuda.workspace import most_splits
 
 PLAN_BYTES = 1 << 20
 """Of a plan: a few numbers for each tile of queries."""
+WHOLE_NUMBERS, WHOLE_SPARE_BYTES = 4, 256
+"""Of a plan without splits: int32 numbers for each row, and what lies beside them; FlashInfer checks that it suffices."""
 MERGE_TOKENS = 400
 """Tokens of a context that are read in the time that splitting and merging takes."""
 SATURATING_HEADS = 64
@@ -74,6 +77,10 @@ class FlashInferAttention(DeviceAttention):
         self._prefill_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         # Rows and their begins are the same in every decode.
         self._ones_begins = torch.arange(max(max_rows, max_tokens) + 1, dtype=torch.int32, device=device)
+        self._whole: dict[int, tuple[torch.Tensor, Any]] = {}
+        """By bucket: the workspace and the plan of the graph that does not split contexts."""
+        self._decode_in = self._decode_workspace
+        """The workspace of the decode plan."""
         self._decode_plan: Any = None
         self._prefill_plan: Any = None
         self._num_decodes = 0
@@ -97,8 +104,12 @@ class FlashInferAttention(DeviceAttention):
     ) -> None:
         self._num_decodes, self._num_rows = rows.num_decodes, rows.num_rows
         self._decode_plan = self._prefill_plan = None
+        self._decode_in = self._decode_workspace
         if bucket is not None:
-            self._decode_plan = self._plan_graph(rows, slot, bucket, split)
+            if split:
+                self._decode_plan = self._plan_split(rows, slot, bucket)
+            else:
+                self._decode_in, self._decode_plan = self._plan_whole(slot, bucket)
             self._num_decodes = self._num_rows = bucket
             return
         count = rows.num_decodes
@@ -124,7 +135,7 @@ class FlashInferAttention(DeviceAttention):
         if self._decode_plan is not None:
             self._run(
                 layer,
-                self._decode_workspace,
+                self._decode_in,
                 self._decode_plan,
                 heads[:count],
                 into[:count],
@@ -149,16 +160,21 @@ class FlashInferAttention(DeviceAttention):
                 CAUSAL,
             )
 
-    def _plan_graph(self, rows: RowPlan, slot: StagingSlot, bucket: int, split: bool) -> Any:
-        begins = np.arange(bucket + 1, dtype=np.int32)
-        if split:
-            begins = np.minimum(begins, rows.num_rows)
+    def _plan_split(self, rows: RowPlan, slot: StagingSlot, bucket: int) -> Any:
+        begins = np.minimum(np.arange(bucket + 1, dtype=np.int32), rows.num_rows)
         kv_begins = np.full(bucket + 1, rows.kv_begins[-1], np.int32)
         kv_begins[: len(rows.kv_begins)] = rows.kv_begins
-        # FlashInfer's own graph mode always splits, and merges what may be one piece.
-        return self._plan(
-            self._decode_workspace, slot.plans[0], begins, kv_begins, bucket, split, whole=not split
-        )
+        return self._plan(self._decode_workspace, slot.plans[0], begins, kv_begins, bucket, True)
+
+    def _plan_whole(self, slot: StagingSlot, bucket: int) -> tuple[torch.Tensor, Any]:
+        """FlashInfer's own graph mode always splits, and merges what may be one piece."""
+        if bucket not in self._whole:
+            size = WHOLE_NUMBERS * bucket * 4 + WHOLE_SPARE_BYTES
+            workspace = torch.zeros(size, dtype=torch.uint8, device=self._decode_workspace.device)
+            begins = np.arange(bucket + 1, dtype=np.int32)
+            plan = self._plan(workspace, slot.plans[0], begins, begins, bucket, False, whole=True)
+            self._whole[bucket] = workspace, plan
+        return self._whole[bucket]
 
     def _plan(
         self,
