@@ -279,7 +279,8 @@ def test_contexts_are_split_in_graphs_of_few_rows_where_one_is_long() -> None:
     assert plan["begins"].tolist() == [0, 1, 2, 3, 4]
     assert (plan["graph"], plan["whole"], plan["tokens"]) == (False, True, 4)
     attention.plan(plan_rows(batch([(9, 1, [1, 2, 7])], 4), 4), slot, bucket=4, split=False)
-    assert attention._decode_plan is plan and attention._decode_in is plan["workspace"]
+    assert attention._decode_plan is plan
+    assert attention._decode_in is plan["workspace"]
     assert attention._decode_in is not attention._decode_workspace
     attention.plan(short, slot, bucket=4, split=True)
     plan = attention._decode_plan
