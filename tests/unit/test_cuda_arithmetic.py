@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from batches_for_tests import batch
 
 from stagemesh.model.deal import RankDeal
