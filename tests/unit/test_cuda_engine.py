@@ -322,6 +322,15 @@ def test_stages_hand_on_what_the_torch_engine_hands_on(source: Any) -> None:
             pair[0].slots.deliver(step.number, tokens)
 
 
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is not for two threads at once, and both stages fetch their columns before either waits."""
+
+    def transfer(source: torch.Tensor, target: torch.Tensor, count: int) -> None:
+        target[:count] = source[:count]
+
+    monkeypatch.setattr("stagemesh.stage.cuda.engine.transfer", transfer)
+
+
 def connect(stages: list[Stage], epoch: int) -> None:
     """Open the link and the ring of two stages, as their leaders would."""
     with ThreadPoolExecutor(4) as threads:
@@ -351,6 +360,7 @@ def test_links_of_their_own_carry_activations_and_tokens(
         Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
         Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
     ]
+    one_kernel_at_a_time(monkeypatch)
     for epoch in (1, 2):  # a raised epoch closes and opens them again
         reference = Stage(torch_engine(source, layers))
         for stage in stages:
@@ -375,6 +385,7 @@ def test_tokens_that_nobody_takes_do_not_pile_up_in_the_link(
         Stage(cuda_engine(source, range(1), device, nccl=True), last=False, held=True),
         Stage(cuda_engine(source, range(1, 2), device, nccl=True), first=False),
     ]
+    one_kernel_at_a_time(monkeypatch)
     connect(stages, 1)
     expected, oldest = stages[0].engine.links._expected, {}
     for number in range(1, 8):
