@@ -53,6 +53,7 @@ class StepSpans:
         self._open: list[tuple[int, bytes]] = []
         """Those that had not been when it looked."""
         self._making = threading.Lock()
+        """Held where spans are made, and where the epoch changes: the numbers of an older one may not come into it."""
         self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
         exporter.register(self._spans)
 
@@ -68,12 +69,13 @@ class StepSpans:
             epoch: Of the lane.
             records: Of the steps; they may be emptied after this call, not before.
         """
-        for chunk in self._make():
-            self._made.add(chunk)
-        self.ids = StepIds(secrets.randbits(64), secrets.randbits(64))
-        self._epoch, self._records = epoch, records
-        self._links.clear()
-        self._open.clear()
+        with self._making:
+            for chunk in self._make():
+                self._made.add(chunk)
+            self.ids = StepIds(secrets.randbits(64), secrets.randbits(64))
+            self._epoch, self._records = epoch, records
+            self._links.clear()
+            self._open = []
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
@@ -94,19 +96,19 @@ class StepSpans:
         return self.ids.traceparent(step.number)
 
     def _spans(self) -> list[Chunk]:
-        return [*self._made.take(), *self._make()]
+        with self._making:
+            return [*self._made.take(), *self._make()]
 
     def _make(self) -> list[Chunk]:
-        with self._making:
-            links = dict([*self._open, *self._sent.take()])
-            numbers, columns = self._records.of(np.array(list(links), np.int64))
-            answered = columns[:, DONE_NS] > 0
-            numbers, columns = numbers[answered], columns[answered]
-            ended, oldest = set(numbers.tolist()), max(links, default=0) - STEPS_KEPT
-            self._open = [one for one in links.items() if one[0] not in ended and one[0] > oldest]
-            size = max(1, MAX_REQUEST_BYTES // (ROOT_BYTES + LINK_ROW * self._max_links))
-            batches = (slice(begin, begin + size) for begin in range(0, len(numbers), size))
-            return [self._encode(numbers[some], columns[some], links) for some in batches]
+        links = dict([*self._open, *self._sent.take()])
+        numbers, columns = self._records.of(np.array(list(links), np.int64))
+        answered = columns[:, DONE_NS] > 0
+        numbers, columns = numbers[answered], columns[answered]
+        ended, oldest = set(numbers.tolist()), max(links, default=0) - STEPS_KEPT
+        self._open = [one for one in links.items() if one[0] not in ended and one[0] > oldest]
+        size = max(1, MAX_REQUEST_BYTES // (ROOT_BYTES + LINK_ROW * self._max_links))
+        batches = (slice(begin, begin + size) for begin in range(0, len(numbers), size))
+        return [self._encode(numbers[some], columns[some], links) for some in batches]
 
     def _encode(self, numbers: Int64, columns: Int64, links: Mapping[int, bytes]) -> Chunk:
         sent, ended, *shape = columns.T

@@ -67,6 +67,7 @@ class StepSpans:
         """Of the traced steps that have not been reported, the traceparents; the exporter's thread has found them."""
         self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
         self._making = threading.Lock()
+        """Held where spans are made, and where the epoch changes: the numbers of an older one may not come into it."""
         self._stage = _stage_template(0, 0)
         self._parts = [SpanTemplate(part) for part in PARTS]
         exporter.register(self._spans)
@@ -78,13 +79,14 @@ class StepSpans:
 
     def open_lane(self, stage_index: int, epoch: int) -> None:
         """Steps of an older epoch do not end any more."""
-        for chunk in self._make():
-            self._made.add(chunk)
-        self._stage_index = stage_index
-        self._stage = _stage_template(stage_index, epoch)
-        self.any_traced = False
-        self._open_steps.clear()
-        self._traced.clear()
+        with self._making:
+            for chunk in self._make():
+                self._made.add(chunk)
+            self._stage_index = stage_index
+            self._stage = _stage_template(stage_index, epoch)
+            self.any_traced = False
+            self._open_steps.clear()
+            self._traced.clear()
 
     def take_message(self, data: bytes) -> None:
         """An ExecuteRequest came in which a step may be traced."""
@@ -102,14 +104,14 @@ class StepSpans:
         self._of_ranks.add((rank, timings))
 
     def _spans(self) -> list[Chunk]:
-        return [*self._made.take(), *self._make()]
+        with self._making:
+            return [*self._made.take(), *self._make()]
 
     def _make(self) -> list[Chunk]:
-        with self._making:
-            # In this order: the message of a step that is done has come before.
-            of_ranks, done, messages = self._of_ranks.take(), self._done.take(), self._messages.take()
-            self._read(messages)
-            return [*self._stage_spans(done), *self._rank_spans(of_ranks)]
+        # In this order: the message of a step that is done has come before.
+        of_ranks, done, messages = self._of_ranks.take(), self._done.take(), self._messages.take()
+        self._read(messages)
+        return [*self._stage_spans(done), *self._rank_spans(of_ranks)]
 
     def _read(self, messages: Iterable[bytes]) -> None:
         """Remember their traced steps."""
