@@ -148,18 +148,16 @@ class LinkOpener:
 
     async def _connect(self, link: _Link, answer: stage_pb2.PrepareLinkResponse, epoch: int) -> None:
         try:
-            await _connect(link, answer, epoch, self._timeout_s)
+            await _connect_ends(link, answer, epoch, self._timeout_s)
         except StagemeshError as error:
             if link.transport == "nccl" and error.reason == "LINK_FAILED":
-                self._failures_of(link).append(str(error))
+                pair = _pair(link.sender, link.receiver)
+                self._failures.setdefault(pair, deque(maxlen=NCCL_TRIES)).append(str(error))
                 if given_up := self._given_up(link.sender, link.receiver):
                     log.warning("%s and %s: %s", link.sender.name, link.receiver.name, given_up)
             raise
         if link.transport == "nccl":
-            self._failures_of(link).clear()
-
-    def _failures_of(self, link: _Link) -> deque[str]:
-        return self._failures.setdefault(_pair(link.sender, link.receiver), deque(maxlen=NCCL_TRIES))
+            self._failures.pop(_pair(link.sender, link.receiver), None)
 
     def _given_up(self, sender: StageLink, receiver: StageLink) -> str:
         """Why NCCL is no longer tried between two stages; empty: it is."""
@@ -176,8 +174,8 @@ def _pair(one: StageLink, other: StageLink) -> frozenset[str]:
 async def _try(link: _Link, epoch: int, timeout_s: float) -> FailedPreconditionError | None:
     """Open a unix link; why it could not be, unless a stage is at fault."""
     try:
-        for one in await _prepare([link], epoch):
-            await _connect(*one, epoch, timeout_s)
+        (prepared,) = await _prepare([link], epoch)
+        await _connect_ends(*prepared, epoch, timeout_s)
     except FailedPreconditionError as error:
         if error.reason != "TRANSPORT_FAILED":
             raise
@@ -200,7 +198,9 @@ async def _prepare(links: Sequence[_Link], epoch: int) -> list[tuple[_Link, stag
     return list(zip(links, answers, strict=True))
 
 
-async def _connect(link: _Link, answer: stage_pb2.PrepareLinkResponse, epoch: int, timeout_s: float) -> None:
+async def _connect_ends(
+    link: _Link, answer: stage_pb2.PrepareLinkResponse, epoch: int, timeout_s: float
+) -> None:
     """Tell both ends, at once."""
     connects = []
     for end, other in ((link.sender, link.receiver), (link.receiver, link.sender)):
