@@ -42,7 +42,7 @@ KINDS = {
     "activation": ("_silu_mul",),
     "sampling": ("_score_part", "_best_part", "_take"),
     "embedding, block lists": ("_embed", "_flatten", "_change"),
-    "copies": ("Memcpy", "Memset"),
+    "copies": ("Memcpy", "Memset", "_transfer"),
 }
 
 
