@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
-from exporter_for_tests import Exporter
+from exporter_for_tests import Exporter, Intruder
 
 from stagemesh.stage.leader.step_spans import RANKS_LAG, StepSpans
 from stagemesh.stage.local_queue import StepTiming, Timings, unpack_timings
@@ -76,6 +77,30 @@ def test_spans_of_an_epoch_that_ended_are_kept_and_steps_that_never_ended_have_n
     assert not spans.any_traced
     spans.take_message(message(step(2)))
     assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
+
+
+def test_an_epoch_that_is_raised_while_spans_are_made_is_none_of_theirs() -> None:
+    """The exporter's thread holds the steps of an epoch when the next one is to be opened, which numbers from 1 too."""
+    exporter, spans = make()
+    spans.take_message(message(step(1), step(2)))
+    spans.take_timings(timings(1))
+    intruder = Intruder(spans, lambda: spans.open_lane(2, 8))
+    read = spans._read
+
+    def reads(messages: Iterable[bytes]) -> None:
+        spans._read = read  # type: ignore[method-assign]
+        intruder.come()
+        read(messages)
+
+    spans._read = reads  # type: ignore[method-assign]
+    found = exporter.spans()
+    intruder.leave()
+    (stage,) = [span for span in found if span.name == Span.STAGE]
+    values = {entry.key: entry.value.int_value for entry in stage.attributes}
+    assert (values[Attribute.EPOCH], values[Attribute.STEP]) == (7, 1)
+    # The new epoch's second step is not traced.
+    spans.take_timings(timings(2))
+    assert exporter.spans() == []
 
 
 def test_what_is_dropped_leaves_nothing_behind() -> None:

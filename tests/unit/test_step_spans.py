@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exporter_for_tests import Exporter
+from exporter_for_tests import Exporter, Intruder
 
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.lane.timings import STEPS_KEPT
 from stagemesh.router.scheduler import Request, Step
 from stagemesh.router.scheduler.sequence import Sequence
 from stagemesh.router.scheduler.step import Changes
+from stagemesh.router.tracing import step_spans
 from stagemesh.router.tracing.step_spans import StepIds, StepSpans
 from stagemesh.wire.telemetry.context import TraceContext
 from stagemesh.wire.telemetry.names import Attribute
@@ -109,6 +110,63 @@ def test_steps_of_an_epoch_that_ended_keep_their_spans_and_those_without_answer_
     assert lane.send(1, [0]) == "", "nobody has a slot in a new epoch"
     (span,) = lane.exporter.spans()
     assert {e.key: e.value.int_value for e in span.attributes}[Attribute.EPOCH] == 5
+
+
+def epochs_of(spans: list[Any]) -> list[tuple[int, int]]:
+    """(epoch, step) of each."""
+    values = [{entry.key: entry.value.int_value for entry in span.attributes} for span in spans]
+    return [(one[Attribute.EPOCH], one[Attribute.STEP]) for one in values]
+
+
+def test_an_epoch_that_is_raised_while_spans_are_made_is_none_of_theirs() -> None:
+    """The exporter's thread has found a step's numbers when the epoch is to be raised."""
+    lane = Lane()
+    lane.send(1, [0], [sequence(0, TRACES[0])])
+    lane.answer(1)
+    context = lane.spans.ids.of(np.array([1])).tobytes()
+    intruder = Intruder(lane.spans, lambda: lane.open(6))
+    find = lane.records.of
+
+    def found(numbers: np.ndarray) -> Any:
+        lane.records.of = find  # type: ignore[method-assign]
+        columns = find(numbers)
+        intruder.come()
+        return columns
+
+    lane.records.of = found  # type: ignore[method-assign]
+    spans = lane.exporter.spans()
+    intruder.leave()
+    assert epochs_of(spans) == [(5, 1)]
+    assert spans[0].trace_id + spans[0].span_id == context
+    assert epochs_of(lane.exporter.spans()) == []
+    assert lane.spans._epoch == 6
+
+
+def test_no_spans_are_made_while_an_epoch_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that had no answer when the spans of its epoch were made has one when the exporter comes, before the
+    epoch is another: it would be found, and given out as a step of the new one."""
+    lane = Lane()
+    lane.send(1, [0], [sequence(0, TRACES[0])])
+    spans: list[Any] = []
+    intruder = Intruder(lane.spans, lambda: spans.extend(lane.exporter.spans()))
+    find, draw = lane.records.of, step_spans.secrets.randbits
+
+    def found(numbers: np.ndarray) -> Any:
+        columns = find(numbers)
+        intruder.stay()
+        return columns
+
+    def drawn(bits: int) -> int:
+        monkeypatch.undo()
+        lane.answer(1)
+        lane.records.of = found  # type: ignore[method-assign]
+        intruder.come()
+        return draw(bits)
+
+    monkeypatch.setattr(step_spans.secrets, "randbits", drawn)
+    lane.spans.open_lane(6, lane.records)
+    intruder.leave()
+    assert (6, 1) not in epochs_of(spans + lane.exporter.spans())
 
 
 def test_a_step_that_is_exported_before_its_answer_has_its_span_later() -> None:
