@@ -172,3 +172,28 @@ async def run(events: list[Any], log: Path) -> None:
 def test_every_stage_is_told_the_same_steps_in_one_order(events: list[Any]) -> None:
     with TemporaryDirectory() as folder:
         asyncio.run(run(events, Path(folder) / "events.jsonl"))
+
+
+async def send_two_steps(log: Path) -> None:
+    one = Run(Told(), log)
+    loop, told = asyncio.get_running_loop(), list[str]()
+
+    def send(request: bytes) -> None:
+        """As a stage's link does: it is written in the turn that follows."""
+        told.append("made")
+        loop.call_soon(told.append, "written")
+
+    one.lane.stages[0].send = send  # type: ignore[method-assign]
+    try:
+        one.happen("submit", 5, 8, 0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert told == ["made", "written"] * 2
+    finally:
+        for stage in one.lane.stages:
+            await stage.aclose()
+
+
+def test_a_step_is_on_its_way_before_the_next_is_made(tmp_path: Path) -> None:
+    """A prompt and the token ahead of it: the first is not held up by how long it takes to form the second."""
+    asyncio.run(send_two_steps(tmp_path / "events.jsonl"))

@@ -10,6 +10,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.driving import SPARE_MICROBATCHES, depth_of, limits_of
 from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
+from stagemesh.router.scheduler.pace import Allowance
 from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
 from stagemesh.v1 import stage_pb2
 
@@ -101,6 +102,29 @@ def test_the_stage_with_least_left_bounds_a_chunk() -> None:
 def test_positions_that_cost_nothing_fit_without_bound() -> None:
     model = CostModel(1)
     assert model.positions_within([0.0], 0) > 1_000_000
+
+
+def test_a_later_chunk_is_a_block_or_the_rest_of_a_prompt_and_no_smaller() -> None:
+    """It would read all the context before it for the sake of a few positions."""
+    model = CostModel(1)
+    model._rows = [[0.0, 0.0, 0.1 * MS, 0.0, 0.0]]
+    left_s = [4.05 * MS]
+    first = Allowance(model, left_s, floor=1, enough=16)
+    assert first.most(0, 1000) == 40
+    assert Allowance(model, [0.85 * MS], floor=1, enough=16).most(0, 1000) == 8, (
+        "the first may be of any size"
+    )
+    for used, remaining, most in (
+        (32, 1000, 0),
+        (32, 9, 0),
+        (32, 8, 8),
+        (32, 3, 3),
+        (24, 1000, 16),
+        (24, 20, 16),
+    ):
+        allowance = Allowance(model, left_s, floor=1, enough=16)
+        allowance.spend(0, used)
+        assert allowance.most(0, remaining) == most, (used, remaining)
 
 
 # Microbatches in flight

@@ -207,6 +207,31 @@ def test_out_of_blocks_the_lower_priority_yields() -> None:
     assert list(lane.finished) == ["young", "old"]
 
 
+def test_nobody_is_admitted_while_one_yields() -> None:
+    """Room comes free before the one that yields has left: it came before those that wait, and is the first to get it."""
+    lane = ScheduledLane(make_limits(num_blocks=12, max_blocks=12, max_slots=3, lookahead=3, depth=4))
+    for name in ("old", "young", "third"):
+        lane.submit(make_request(name, 8, 24, priority=int(name == "third")))
+    lane.submit(make_request("later", 4, 4))
+    young = lane.scheduler.sequence("young")
+    assert young
+    while young.order not in lane.scheduler.running.yielding:
+        if lane.step() is None:
+            lane.result()
+    lane.abort("third")
+    assert lane.scheduler.pool.num_free > 2
+    while young.order in lane.scheduler.running.yielding:
+        assert young.slot >= 0
+        if (step := lane.step()) is not None:
+            assert not step.changes.admitted
+        else:
+            lane.result()
+    lane.run_to_end()
+    lane.check_end()
+    admitted = [one.request.request_id for step in lane.steps for one in step.changes.admitted]
+    assert admitted[:4] == ["third", "old", "young", "young"]
+
+
 def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
     lane = ScheduledLane(make_limits(step_tokens=4, depth=1))
     lane.submit(make_request("a", 3, 12))

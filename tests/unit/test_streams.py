@@ -7,6 +7,7 @@ import gc
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,11 +16,12 @@ import pytest
 from google.rpc import status_pb2
 
 from stagemesh.model.config import GenerationDefaults
+from stagemesh.router.api import session
 from stagemesh.router.api.backend import End
 from stagemesh.router.api.checking import check
 from stagemesh.router.api.public_server import PublicServer
 from stagemesh.router.api.served_model import ServedModel
-from stagemesh.router.api.session import MAX_UNTOLD, MESSAGE_TOKENS
+from stagemesh.router.api.session import MAX_UNTOLD, MESSAGE_TOKENS, Session
 from stagemesh.router.api.stream import RequestStream
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.scheduler import Finish, Request
@@ -277,6 +279,41 @@ async def test_what_waits_for_a_client_comes_in_messages_that_it_can_take(side: 
         tokens += len(response.token_ids)
         ended += len(response.ends)
     assert tokens == len(names) * (count + 1)
+
+
+@dataclass
+class Work:
+    """A thread's time that passes only where a request is tokenized: three milliseconds for each."""
+
+    submitted: dict[str, tuple[int, Request]]
+
+    def thread_time(self) -> float:
+        return 0.003 * len(self.submitted)
+
+
+async def started_each_turn(side: Side, message: pb.SessionRequest) -> list[int]:
+    """How many requests of a session's message have been started, after each turn of the loop that it takes."""
+    before = len(side.backend.submitted)
+
+    async def messages() -> AsyncIterator[pb.SessionRequest]:
+        yield message
+
+    reading = asyncio.create_task(Session(side.streams, float("inf"))._read(messages()))
+    counts = []
+    while not reading.done():
+        await asyncio.sleep(0)
+        counts.append(len(side.backend.submitted) - before)
+    return counts
+
+
+async def test_a_burst_starts_together_where_nobody_streams_and_gives_way_where_somebody_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """10 ms of an idle router's first turn are a burst's, and 2 ms of any other."""
+    side = Side()
+    monkeypatch.setattr(session, "time", Work(side.backend.submitted))
+    assert (await started_each_turn(side, start(*"abcdefg")))[:4] == [4, 5, 6, 7]
+    assert (await started_each_turn(side, start(*"ABC")))[:3] == [1, 2, 3]
 
 
 async def test_an_id_is_live_until_its_end_was_sent(side: Any) -> None:
