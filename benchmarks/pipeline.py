@@ -14,17 +14,21 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline_runs import DecodeRun, LaneFacts, decode_run, mixed_load, mixed_run
 from pipeline_simulated import compare, simulated_hour
 from report import Report
 from schedule_plot import plot
 
+T = TypeVar("T")
 STREAMS = 64
 SLOWER = 1.5
 DELAY_S = 0.05
+RUNS = 3
+"""Of decode and mixed load, each on a mesh of its own: rows are of the median run."""
 DEEP = 4
 """Lookahead that covers DELAY_S: 4 rounds of 4 microbatches of 8 ms."""
 
@@ -41,7 +45,7 @@ class Pipeline:
         self._report = report
         self._quick = quick
         self._seconds = 4.0 if quick else 8.0
-        self.decodes: list[DecodeRun] = []
+        self.decodes: list[list[DecodeRun]] = []
 
     def groups(self) -> dict[str, Callable[[], None]]:
         """What --only names, in the order of a whole run."""
@@ -63,8 +67,7 @@ class Pipeline:
             (8, 8.0, 0.95, 0.98),
             (4, 2.0, 0.85, 0.95),
         ):
-            run = decode_run([f"{cost_ms:g}ms"] * stages, cost_ms, STREAMS, self._seconds)
-            self.decodes.append(run)
+            run = self._decode([f"{cost_ms:g}ms"] * stages, cost_ms)
             self._report.add(
                 f"decode, {cost_ms:g} ms a stage, P = {stages}, {STREAMS} streams",
                 run.efficiency,
@@ -72,14 +75,13 @@ class Pipeline:
                 target=target,
                 stretch=stretch,
                 reference=f"{run.rate:.0f} of {run.ideal_rate:.0f} tokens/s; {run.hop_ms:.2f} ms a hop on average; "
-                f"{_facts(run.facts)}",
+                f"{_facts(run.facts)}; {_of([run.efficiency for run in self.decodes[-1]])}",
             )
 
     def slow_stage(self) -> None:
         """One stage slower: the lane runs at its pace, and nothing else may cost."""
         slowest = 8.0 * SLOWER
-        run = decode_run(["8ms", "8ms", f"{slowest:g}ms", "8ms"], slowest, STREAMS, self._seconds)
-        self.decodes.append(run)
+        run = self._decode(["8ms", "8ms", f"{slowest:g}ms", "8ms"], slowest)
         self._report.add(
             f"one of 4 stages {SLOWER:g} times slower: cost beyond it",
             100 * (1 - run.efficiency),
@@ -88,38 +90,47 @@ class Pipeline:
             stretch=1,
             at_most=True,
             reference=f"{run.rate:.0f} of {run.ideal_rate:.0f} tokens/s that the slowest stage allows; "
-            f"{_facts(run.facts)}",
+            f"{_facts(run.facts)}; {_of([100 * (1 - run.efficiency) for run in self.decodes[-1]])}",
         )
+
+    def _decode(self, costs: Sequence[str], slowest_ms: float) -> DecodeRun:
+        """The median of RUNS; all are kept for the simulator."""
+        runs = [decode_run(costs, slowest_ms, STREAMS, self._seconds) for _ in range(RUNS)]
+        self.decodes.append(runs)
+        return _middle(runs, lambda run: run.efficiency)
 
     def mixed(self) -> None:
         """Prompts and answers of every length, arriving at random."""
         for share in (1.2, 0.8):
             load = mixed_load(share, 16.0 if self._quick else 24.0)
-            run = mixed_run(load)
-            where = (
-                f"{len(load.requests)} requests in {load.duration_s:.0f} s, {load.about}; {_facts(run.facts)}"
-            )
+            runs = [mixed_run(load) for _ in range(RUNS)]
+            where = f"{len(load.requests)} requests in {load.duration_s:.0f} s, {load.about}"
             if share > 1:
+                run = _middle(runs, lambda run: run.busy_share)
                 self._report.add(
                     f"mixed load at {share:.0%}: share of the slowest stage's capacity",
                     run.busy_share,
                     "",
                     target=0.92,
                     stretch=0.97,
-                    reference=f"scripted compute over time, from its reports; {where}",
+                    reference=f"scripted compute over time, from its reports; {where}; {_facts(run.facts)}; "
+                    f"{_of([run.busy_share for run in runs])}",
                 )
             else:
+                run = _middle(runs, lambda run: run.itl_ratio)
                 self._report.add(
                     f"mixed load at {share:.0%}: p99 / median inter-token time",
-                    run.itl_p99_ms / run.itl_p50_ms,
+                    run.itl_ratio,
                     "x",
                     target=2.0,
                     stretch=1.5,
                     at_most=True,
-                    reference=f"{run.itl_p99_ms:.1f} / {run.itl_p50_ms:.1f} ms at the client; {where}",
+                    reference=f"{run.itl_p99_ms:.1f} / {run.itl_p50_ms:.1f} ms at the client; {where}; "
+                    f"{_facts(run.facts)}; {_of([run.itl_ratio for run in runs])}",
                 )
             self._compare(
-                f"mixed load at {share:.0%}", *compare(load.spec(run.facts), run.measured, load.requests)
+                f"mixed load at {share:.0%}",
+                [compare(load.spec(run.facts), run.measured, load.requests) for run in runs],
             )
 
     def delay(self) -> None:
@@ -165,10 +176,15 @@ class Pipeline:
             reference=f"8 ms a stage, {result.num_finished} requests, {result.num_steps} steps, "
             f"{result.output_tokens} tokens, virtual {result.virtual_s:.0f} s",
         )
-        for run in self.decodes:
-            self._compare(run.name, *compare(run.spec(), run.measured, run.requests))
+        for runs in self.decodes:
+            self._compare(
+                runs[0].name,
+                [compare(run.spec(), run.measured, run.requests, run.burst_spec()) for run in runs],
+            )
 
-    def _compare(self, name: str, worst: float, about: str) -> None:
+    def _compare(self, name: str, compared: Sequence[tuple[float, str]]) -> None:
+        """The median of the runs' greatest differences."""
+        worst, about = _middle(compared, lambda one: one[0])
         self._report.add(
             f"simulate against the mesh: {name}",
             100 * worst,
@@ -176,7 +192,7 @@ class Pipeline:
             target=5,
             stretch=2,
             at_most=True,
-            reference=about,
+            reference=f"{about}; {_of([100 * worst for worst, _ in compared])}",
         )
 
     def _script(self, name: str, *options: str) -> None:
@@ -193,6 +209,15 @@ class Pipeline:
             return
         for row in json.loads(done.stdout)["results"]:
             self._report.take(row)
+
+
+def _middle(runs: Sequence[T], key: Callable[[T], float]) -> T:
+    """The median one."""
+    return sorted(runs, key=key)[len(runs) // 2]
+
+
+def _of(values: Sequence[float]) -> str:
+    return f"median of {', '.join(f'{value:.4g}' for value in sorted(values))}"
 
 
 def _facts(facts: LaneFacts) -> str:

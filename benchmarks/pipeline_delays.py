@@ -6,14 +6,14 @@ All processes are on one host, so times of one can be set against those of anoth
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from load import Arrivals, play
+from load import Arrivals, Request, play
 from sim_mesh import SimMesh
 
 from stagemesh.v1 import admin_pb2, admin_pb2_grpc
@@ -22,7 +22,7 @@ from stagemesh.wire.columns import U64, unpack
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-BURSTS = 5
+BURSTS = 7
 """Whose medians are taken."""
 BURST_S = 1.0
 """That each is watched."""
@@ -39,6 +39,8 @@ class ControlDelays:
     step: float
     result: float
     client: float
+    link: float
+    """Of the burst's first steps, which share the processors with the router's work on the burst."""
     ttft_p50: float
     """Of such a burst, at the client."""
 
@@ -99,6 +101,13 @@ class Timeline:
             ends.append(begins[-1] + compute)
         return cls(sent, done, rows, prefill, np.stack(arrivals), np.stack(begins), np.stack(ends))
 
+    def link_ms_of(self, first: slice) -> float:
+        """What the first steps take from stage to stage on average: from when a stage has ended the step before, and the
+        stage before it this one, to its begin."""
+        before = np.concatenate([np.zeros((len(self.ends), 1), np.int64), self.ends[:, :-1]], axis=1)
+        late = self.begins[1:] - np.maximum(self.ends[:-1], before[1:])
+        return float(late[:, first].mean()) / 1e6 if len(late) else 0.0
+
     def link_ms(self) -> float:
         """From the end of a step on a stage to its begin on the next, on average, where that waited for it."""
         late = [self._late(stage, self.ends[stage - 1, 1:]) for stage in range(1, len(self.ends))]
@@ -136,23 +145,22 @@ def timeline(mesh: SimMesh, seconds: float) -> Iterator[list[Timeline]]:
         watcher.join()
 
 
-def control_delays(mesh: SimMesh, prompt: int, streams: int) -> ControlDelays:
-    """From bursts of so many requests on an idle, warm mesh: medians.
+def control_delays(mesh: SimMesh, requests: Sequence[Request]) -> ControlDelays:
+    """From bursts on an idle, warm mesh: medians.
 
     Args:
         mesh: Warm.
-        prompt: Tokens of each request.
-        streams: Requests of a burst.
+        requests: Of a burst, all alike.
     """
     bursts = []
     for index in range(BURSTS):
         with timeline(mesh, BURST_S) as taken:
-            arrivals = play(mesh.listen, [(0.0, prompt, 2)] * streams, timeout_s=30, seed=20 + index)
+            arrivals = play(mesh.listen, requests, timeout_s=30, seed=20 + index)
         bursts.append(_burst(mesh, arrivals, taken[0]))
     return ControlDelays(
         **{
             name: float(np.median([getattr(burst, name) for burst in bursts]))
-            for name in ("request", "admit", "step", "result", "client", "ttft_p50")
+            for name in ("request", "admit", "step", "result", "client", "link", "ttft_p50")
         }
     )
 
@@ -172,12 +180,17 @@ def _burst(mesh: SimMesh, arrivals: Arrivals, steps: Timeline) -> ControlDelays:
     request = float(queued[0] - queued[last]) / max(last, 1)
     taken_in = request * (len(ttft) - 1 - last)
     follows = len(steps.sent) > 1 and bool(steps.prefill[1])
+    first = slice(1 + follows)
     return ControlDelays(
         request=request,
-        admit=float(steps.sent[1] - steps.sent[0]) / 1e6 / (len(ttft) - 1 - last) if follows else 0.0,
+        # From arrival to arrival: a step that has been formed may leave when the next one has been, too.
+        admit=float(steps.arrivals[0, 1] - steps.arrivals[0, 0]) / 1e6 / (len(ttft) - 1 - last)
+        if follows
+        else 0.0,
         step=float(queued[last]) - taken_in + float(steps.arrivals[0, 0] - steps.sent[0]) / 1e6,
-        result=float(steps.done[0] - steps.ends[-1, 0]) / 1e6,
+        result=float((steps.done - steps.ends[-1])[first].mean()) / 1e6,
         client=(float(ttft[0]) - traces[0].ttft_ms) / 2,
+        link=steps.link_ms_of(first),
         ttft_p50=float(np.percentile(ttft, 50)),
     )
 

@@ -28,6 +28,8 @@ MIXED_SEQUENCES = 32
 RAMP_S = 6.0
 BURST = 64
 """Requests at once that say what the control path takes: more than fit one step."""
+BURST_TOKENS = 2
+"""Output of each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,11 @@ class LaneFacts:
             "ring": {"latency": f"{max(self.ring_ms, 0.0):.4f}ms"},
             "router": self.control.keys(),
         }
+
+    def burst_delays(self) -> dict[str, Any]:
+        """The same keys for a burst on the idle mesh."""
+        assert self.control is not None
+        return {**self.delays(), "link": {"latency": f"{max(self.control.link, 0.0):.4f}ms"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,17 +85,25 @@ class DecodeRun:
 
     def spec(self) -> SimulationSpec:
         """The same for the simulator."""
+        return self._spec(self.requests, self.facts.delays())
+
+    def burst_spec(self) -> SimulationSpec:
+        """For the simulator: a burst as those of ControlDelays, with the hops that they had."""
+        return self._spec([(0.0, PROMPT, BURST_TOKENS)] * BURST, self.facts.burst_delays())
+
+    def _spec(self, requests: Sequence[Request], delays: dict[str, Any]) -> SimulationSpec:
+        """Requests that are alike, all at once."""
         content = {
             "stages": [{"cost": cost} for cost in self.costs],
             "position_bytes": 0,
             "load": {
                 "arrivals": "at_once",
-                "requests": len(self.requests),
-                "prompt": {"fixed": self.requests[0][1]},
-                "output": {"fixed": self.requests[0][2]},
+                "requests": len(requests),
+                "prompt": {"fixed": requests[0][1]},
+                "output": {"fixed": requests[0][2]},
             },
             "lane": {"max_context": 4096},
-            **self.facts.delays(),
+            **delays,
         }
         return parse(content, self.name)
 
@@ -147,6 +162,11 @@ class MixedRun:
     itl_p99_ms: float
     facts: LaneFacts
     measured: Measured
+
+    @property
+    def itl_ratio(self) -> float:
+        """Of the slow inter-token times to the usual."""
+        return self.itl_p99_ms / self.itl_p50_ms
 
 
 def mixed_load(share: float, duration_s: float) -> MixedLoad:
@@ -219,7 +239,7 @@ def _play(
     third; measure the delays of the mesh before and meanwhile, if they are wanted."""
     for _ in range(2):
         play(mesh.listen, [(0.0, PROMPT, 8)] * BURST, timeout_s=30, seed=7)
-    control = control_delays(mesh, PROMPT, BURST) if delays else None
+    control = control_delays(mesh, [(0.0, PROMPT, BURST_TOKENS)] * BURST) if delays else None
     facts: list[LaneFacts] = []
     stop = threading.Event()
 
