@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_mesh import REHEARSAL, MeshOf
+import torch
+from gpu_mesh import REHEARSAL, GPUMesh, MeshOf
 from gpu_reference import VOCAB_SIZE, Comparison, Reference
 from mesh_calls import make_request, read_answer
 from mesh_processes import start_stage
@@ -75,3 +77,50 @@ def test_a_model_that_does_not_fit_is_refused_with_a_layout(tmp_path: Path) -> N
     finally:
         stage.kill()
     assert "the smallest layout that fits such GPUs is" in stage.log.read_text()
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the accounting is that of GPUs")
+def test_memory_that_another_process_holds_is_left_to_it(
+    model: Path, tmp_path: Path, reference: Reference
+) -> None:
+    """This process holds half of the GPU; a stage that may use nine tenths takes what is left, and works."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    held = torch.empty(total // 2, dtype=torch.uint8, device="cuda:0")
+    mesh = GPUMesh(tmp_path, model, (1,), share=0.9)
+    try:
+        mesh.wait_ready()
+        told = re.search(
+            r"rank 0 will hold of GPU 0 ([0-9.]+) GiB.*others hold ([0-9.]+)", mesh.stages[0].log.read_text()
+        )
+        assert told
+        budget, others = (float(number) * 2**30 for number in told.groups())
+        assert others >= held.nbytes
+        assert budget == pytest.approx(total - others - 2**28, abs=2**25)
+        prompt = np.random.default_rng(1).integers(0, VOCAB_SIZE, 300).tolist()
+        comparison = Comparison()
+        answer = read_answer(mesh.stub.Generate(make_request(prompt, 20), timeout=CALL_TIMEOUT_S))
+        comparison.add(reference, prompt, answer.token_ids, None)
+        comparison.check()
+        free, _ = torch.cuda.mem_get_info(0)
+        assert free < total // 8, "the stage did not take what there was"
+    finally:
+        mesh.close()
+        del held
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the accounting is that of GPUs")
+def test_a_refusal_says_what_another_process_holds(tmp_path: Path) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    held = torch.empty(total // 2, dtype=torch.uint8, device="cuda:0")
+    shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-70b"
+    stage = start_stage(tmp_path, shape, 0, 1, flags=["--load-format", "dummy", "--device", "cuda"])
+    try:
+        assert stage.process.wait(60) != 0
+    finally:
+        stage.kill()
+        del held
+        torch.cuda.empty_cache()
+    told = re.search(r"of which other processes hold ([0-9.]+)", stage.log.read_text())
+    assert told
+    assert float(told[1]) * 2**30 >= total // 2

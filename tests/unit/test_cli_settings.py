@@ -164,6 +164,17 @@ def test_cores_are_shared_when_all_threads_together_are_more_than_the_cores() ->
     assert plan(tp="1,1", shared_cores=False).stages[0].shared_cores is False
 
 
+def test_stages_that_share_a_gpu_share_its_memory() -> None:
+    def shares(gpus: str, **given: Any) -> list[float]:
+        return [stage.memory_share for stage in plan(tp="1,2,1", device="cuda", gpus=gpus, **given).stages]
+
+    assert shares("0,1,2,3") == [0.9, 0.9, 0.9]
+    assert shares("0,1,2,1") == [0.9, 0.45, 0.45]
+    assert shares("0,0,1,0") == pytest.approx([0.3, 0.3, 0.3])
+    assert shares("0,0,1,0", memory_share=0.2) == [0.2, 0.2, 0.2]
+    assert [stage.memory_share for stage in plan(tp="1,1", device="cpu").stages] == [0.9, 0.9]
+
+
 def test_up_reads_the_file_and_refuses_another_count(mesh_file: str) -> None:
     file = MeshFile.read(mesh_file)
     mesh = plan(file=file)

@@ -12,6 +12,7 @@ from stagemesh.model.deal import deal
 from stagemesh.model.source import open_model
 from stagemesh.stage.memory import (
     GIB,
+    SPARE_BYTES,
     GPUMemory,
     MemoryNeeds,
     lane_memory,
@@ -83,8 +84,33 @@ def test_the_limiting_stage_is_named() -> None:
 
 
 def test_memory_used_by_others_counts() -> None:
-    assert replace(H200, used_bytes=100 * GIB).budget == H200.total_bytes - 100 * GIB
+    left = H200.total_bytes - 100 * GIB - SPARE_BYTES
+    assert replace(H200, used_bytes=100 * GIB).budget == left
     assert replace(H200, used_bytes=GIB).budget == H200.budget
+    assert replace(H200, used_bytes=H200.total_bytes).budget == 0
+    model = shape("llama-3.1-8b")
+    ranks = [replace(H200, used_bytes=used * GIB) for used in (0, 100)]
+    stage = stage_memory(model, range(32), deal(model, 2), NEEDS, ranks)
+    # The rank whose GPU others use decides for both.
+    assert stage.limiting_rank == 1
+    assert stage.num_blocks == (left - stage.ranks[1].fixed) // stage.ranks[1].block
+    assert stage.num_blocks < stage.ranks[0].num_blocks / 3
+
+
+def test_refusal_says_what_other_processes_hold() -> None:
+    model = shape("llama-3.1-8b")
+    gpu = replace(H100, used_bytes=65 * GIB)
+    stage = stage_memory(model, range(32), deal(model, 1), NEEDS, [gpu])
+    told = (
+        r"may use 13\.85 GiB \(--memory-share 0\.9 of 79\.10, of which other processes hold 65\.00\); "
+        r"without other processes it would fit this GPU; the smallest layout"
+    )
+    with pytest.raises(ConfigError, match=told):
+        require_fit(model, stage, NEEDS, gpu, 1)
+    model = shape("llama-3.1-70b")
+    stage = stage_memory(model, range(80), deal(model, 1), NEEDS, [gpu])
+    with pytest.raises(ConfigError, match=r"hold 65\.00\); the smallest layout"):
+        require_fit(model, stage, NEEDS, gpu, 1)
 
 
 def test_the_70b_shape_barely_fits_one_h200() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagemesh.model.config import ModelConfig
 from stagemesh.model.deal import RankDeal, deal
@@ -19,6 +19,8 @@ MAX_GPUS = 64
 """Layouts of more are not looked for."""
 MAX_SUMMED_ROWS = 2048
 """Rows that ranks sum through memory they share (reduce.py)."""
+SPARE_BYTES = 256 * MIB
+"""Of what other processes leave: what they hold may grow a little, and pieces of memory are rounded up."""
 FILTERED_ROWS = 16
 FILTER_BYTES = 64
 """Top-k and top-p sort so many rows of logits at once, and take so much for each logit of them."""
@@ -56,12 +58,13 @@ class GPUMemory:
     share: float
     """Of the total, in (0, 1]."""
     used_bytes: int = 0
-    """Used by other processes."""
+    """Held by other processes before this stage took anything."""
 
     @property
     def budget(self) -> int:
         """Bytes a rank may use: its share, or what others leave if that is less."""
-        return min(int(self.total_bytes * self.share), self.total_bytes - self.used_bytes)
+        left = self.total_bytes - self.used_bytes - SPARE_BYTES
+        return max(0, min(int(self.total_bytes * self.share), left))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,10 +262,12 @@ def require_fit(
     else:
         stages = f"{layout[0]} stage" + "s" * (layout[0] > 1)
         remedy = f"the smallest layout that fits such GPUs is {stages} with --tp {layout[1]}"
+    if wanted <= replace(gpu, used_bytes=0).budget:
+        remedy = f"without other processes it would fit this GPU; {remedy}"
     raise ConfigError(
         f"layers {stage.layers.start}:{stage.layers.stop} do not fit: rank {stage.limiting_rank} of {len(stage.ranks)} "
         f"needs {wanted / GIB:.2f} GiB (weights {poorest.weights / GIB:.2f}, {max(1, min_blocks)} KV blocks "
         f"{max(1, min_blocks) * poorest.block / GIB:.2f}, the rest {(poorest.fixed - poorest.weights) / GIB:.2f}) and may use "
-        f"{gpu.budget / GIB:.2f} GiB (--memory-share {gpu.share:g} of {gpu.total_bytes / GIB:.2f}, "
-        f"{gpu.used_bytes / GIB:.2f} used by others); {remedy}"
+        f"{gpu.budget / GIB:.2f} GiB (--memory-share {gpu.share:g} of {gpu.total_bytes / GIB:.2f}, of which other processes "
+        f"hold {gpu.used_bytes / GIB:.2f}); {remedy}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stagemesh.model.config import ModelConfig
@@ -10,7 +11,7 @@ from stagemesh.model.deal import RankDeal, deal
 from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import parse_layers, parse_stage, split_layers
 from stagemesh.stage.config import StageConfig
-from stagemesh.stage.gpus import Gpu, list_gpus, pick_gpus
+from stagemesh.stage.gpus import Gpu, list_gpus, pick_gpus, settled_memory_in_use
 from stagemesh.stage.memory import GPUMemory, MemoryNeeds, StageMemory, require_fit, stage_memory
 from stagemesh.wire.errors import ConfigError
 
@@ -36,6 +37,8 @@ class StagePlan:
     """Of a lane, as far as this stage can tell."""
     gpus: tuple[Gpu, ...] = ()
     """Of each rank; none: the stage computes on the CPU."""
+    used_bytes: tuple[int, ...] = ()
+    """Of each of those GPUs, held by other processes before the stage took anything."""
     memory: StageMemory | None = None
     """Of a stage on GPUs."""
 
@@ -45,8 +48,14 @@ class StagePlan:
         return "cuda" if self.gpus else "cpu"
 
 
-def plan_stage(config: StageConfig) -> StagePlan:
-    """Open the model and deal it; every setting that cannot be met is a ConfigError or ModelError."""
+def plan_stage(config: StageConfig, *, used_bytes: Sequence[int] | None = None) -> StagePlan:
+    """Open the model and deal it; every setting that cannot be met is a ConfigError or ModelError.
+
+    Args:
+        config: Of the stage.
+        used_bytes: What other processes hold of each rank's GPU; None asks the driver. A worker is told: it would count
+            the other ranks of its own stage.
+    """
     if config.engine == "sim":
         CostModel.parse(config.cost)
     source = open_model(config.model, weights=config.needs_weights)
@@ -73,8 +82,14 @@ def plan_stage(config: StageConfig) -> StagePlan:
     deals = deal(model, config.tp)
     max_slots = config.max_slots * (_num_stages(config) or MAX_STAGES)
     memory = None
+    if gpus and used_bytes is None:
+        used_bytes = settled_memory_in_use(gpus, 1 - config.memory_share)
     if gpus:
-        memory = _fit(config, model, layers, deals, gpus, dtype, max_context, max_slots)
+        memories = [
+            GPUMemory(total_bytes=gpu.total_bytes, share=config.memory_share, used_bytes=used)
+            for gpu, used in zip(gpus, used_bytes or (), strict=True)
+        ]
+        memory = _fit(config, model, layers, deals, memories, dtype, max_context, max_slots)
         num_blocks = memory.num_blocks
     else:
         num_blocks = _cpu_blocks(config, model, layers, dtype)
@@ -87,6 +102,7 @@ def plan_stage(config: StageConfig) -> StagePlan:
         max_context=max_context,
         max_slots=max_slots,
         gpus=gpus,
+        used_bytes=tuple(used_bytes or ()),
         memory=memory,
     )
 
@@ -124,7 +140,7 @@ def _fit(
     model: ModelConfig,
     layers: range,
     deals: tuple[RankDeal, ...],
-    gpus: tuple[Gpu, ...],
+    gpus: list[GPUMemory],
     dtype: str,
     max_context: int,
     max_slots: int,
@@ -139,7 +155,6 @@ def _fit(
         block_size=config.block_size,
         itemsize=ITEMSIZE[dtype],
     )
-    memories = [GPUMemory(total_bytes=gpu.total_bytes, share=config.memory_share) for gpu in gpus]
-    memory = stage_memory(model, layers, deals, needs, memories)
-    require_fit(model, memory, needs, memories[memory.limiting_rank], 1)
+    memory = stage_memory(model, layers, deals, needs, gpus)
+    require_fit(model, memory, needs, gpus[memory.limiting_rank], 1)
     return memory

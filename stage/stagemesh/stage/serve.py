@@ -16,6 +16,7 @@ from stagemesh.stage.leader.leader import SERVICE_NAME, StageLeader
 from stagemesh.stage.leader.service import RAW_METHODS, StageService
 from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
+from stagemesh.stage.memory import GIB
 from stagemesh.stage.plan import plan_stage
 from stagemesh.stage.telemetry import open_metrics, stage_label, start_exporter
 from stagemesh.v1 import stage_pb2
@@ -44,7 +45,8 @@ async def _serve(config: StageConfig, name: str) -> None:
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
     for rank, memory in enumerate(plan.memory.ranks if plan.memory else ()):
-        log.info("rank %d will hold of GPU %d %s", rank, plan.gpus[rank].index, memory.describe())
+        gpu, others = plan.gpus[rank].index, plan.used_bytes[rank] / GIB
+        log.info("rank %d will hold of GPU %d %s; others hold %.2f", rank, gpu, memory.describe(), others)
     exporter = start_exporter(config)
     pushed = MetricSettings.read(os.environ)
     server = make_server()

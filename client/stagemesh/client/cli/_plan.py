@@ -146,6 +146,7 @@ def plan_mesh(
                 "stage": f"{index}/{count}",
                 "tp": ranks[index],
                 "gpus": gpus[index],
+                "memory_share": given.get("memory_share") or _memory_share(gpus, index),
                 "head_share": given.get("head_share") or (GPU_HEAD_SHARE if gpus[index] else None),
                 "threads": threads[index],
                 "listen": addresses[index],
@@ -235,6 +236,16 @@ def _gpus_of_stages(given: Mapping[str, Any], ranks: list[int], num_gpus: int) -
         return [None] * len(ranks)
     firsts = [sum(ranks[:index]) for index in range(len(ranks))]
     return [",".join(names[first : first + count]) for first, count in zip(firsts, ranks, strict=True)]
+
+
+def _memory_share(gpus: list[str | None], index: int) -> float | None:
+    """Of stage `index`, where other stages have ranks on its GPUs: they start together, and none sees what another will
+    hold. None: its GPUs are its own."""
+    ranks = [gpu for stage in gpus for gpu in (stage or "").split(",") if gpu]
+    mine = (gpus[index] or "").split(",")
+    crowd = max(ranks.count(gpu) for gpu in mine)
+    default: float = StageConfig.model_fields["memory_share"].default
+    return default / crowd if crowd > 1 else None
 
 
 def _stage_addresses(stage_port: int | None, count: int, file: MeshFile) -> list[str]:

@@ -94,7 +94,7 @@ class StageLeader:
         failures = 0
         while True:
             display = LoadDisplay(self._name)
-            group = WorkerGroup(self._config, self._take, display.update, cuda=bool(self._plan.gpus))
+            group = WorkerGroup(self._config, self._take, display.update, used_bytes=self._plan.used_bytes)
             try:
                 with display:
                     await group.start()

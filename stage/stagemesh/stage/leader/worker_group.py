@@ -44,17 +44,23 @@ class WorkerGroup:
         on_message: Called in the event loop with every message that concerns a lane.
         on_progress: Called with ("weights", bytes read, bytes in all) over all ranks while they load, then with
             ("graphs", captured, in all).
+        used_bytes: What other processes hold of each rank's GPU; empty: the ranks compute on CPUs.
     """
 
     def __init__(
-        self, config: StageConfig, on_message: OnMessage, on_progress: OnProgress, *, cuda: bool = False
+        self,
+        config: StageConfig,
+        on_message: OnMessage,
+        on_progress: OnProgress,
+        *,
+        used_bytes: tuple[int, ...] = (),
     ) -> None:
         self._config = config
-        self._cuda = cuda
+        self._used_bytes = used_bytes
         self._on_message = on_message
         self._on_progress = on_progress
         self._folder = tempfile.TemporaryDirectory(prefix="stagemesh-")
-        shares_memory = config.tp > 1 and not cuda and host_memory.is_available()
+        shares_memory = config.tp > 1 and not used_bytes and host_memory.is_available()
         self._memory = host_memory.create(config.tp) if shares_memory else None
         self._queues: list[LeaderSocket] = []
         self._processes: list[asyncio.subprocess.Process] = []
@@ -132,6 +138,7 @@ class WorkerGroup:
             queue=queue,
             store=str(Path(self._folder.name) / "store"),
             memory=self._memory,
+            used_bytes=self._used_bytes,
             config=self._config,
         )
         threads = str(self._config.num_threads)
@@ -145,7 +152,7 @@ class WorkerGroup:
             # An idle thread must not keep a core from a neighbour that has work, but one that sleeps at once
             # costs a wake-up at each of a step's 150 parallel regions (docs/performance.md, "Waiting").
             environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-        if self._cuda:
+        if self._used_bytes:
             environment = cuda_environment(environment)
         return await asyncio.create_subprocess_exec(
             sys.executable,

@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _load(spec: WorkerSpec, queue: WorkerSocket) -> Worker:
-    plan = plan_stage(spec.config)
+    plan = plan_stage(spec.config, used_bytes=spec.used_bytes)
     if spec.config.engine == "sim":
         engine = _sim_engine(spec, plan)
     elif plan.device == "cuda":

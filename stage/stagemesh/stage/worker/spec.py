@@ -20,4 +20,6 @@ class WorkerSpec(BaseModel):
     """File where the ranks of the group meet."""
     memory: int | None
     """Descriptor of memory that the ranks share; None: they talk over NCCL or gloo."""
+    used_bytes: tuple[int, ...]
+    """What other processes held of each rank's GPU before the first worker began; none on a CPU."""
     config: StageConfig
