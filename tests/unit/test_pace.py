@@ -10,7 +10,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.driving import SPARE_MICROBATCHES, depth_of, limits_of
 from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
-from stagemesh.router.scheduler.pace import Allowance
+from stagemesh.router.scheduler.pace import CHOICE_STEPS, Allowance
 from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
 from stagemesh.v1 import stage_pb2
 
@@ -345,6 +345,18 @@ def test_one_with_much_context_goes_with_few_others() -> None:
     assert max(alone) < 8
 
 
+def test_rows_that_cost_next_to_nothing_are_dealt_by_number() -> None:
+    """A row costs less than the context of another, and all of it together nothing beside what any step takes."""
+    costs = Costs(constant=8 * MS, row=0.1e-6, cell=0.01e-6)
+    lane = VirtualLane(lane_limits(2, max_microbatches=0), [costs] * 2, hop_s=0.1 * MS)
+    for index in range(40):
+        lane.arrive(0.0, f"r{index}", 6000 if index < 4 else 100, 3000)
+    lane.run(20.0)
+    coefficients = lane.scheduler.pace.costs.coefficients[0]
+    assert coefficients[3] * 6000 > 100 * coefficients[1], "context is no more than rows: this shows nothing"
+    assert {len(step.slots) for step in lane.steps[-40:]} <= set(range(18, 23))
+
+
 def mixed_lane(costs: Costs, **fields: object) -> VirtualLane:
     """64 streams decode when prompts of 4,000 tokens come, four a second."""
     lane = VirtualLane(lane_limits(4, **fields), [costs] * 4, hop_s=0.2 * MS, answer_s=0.4 * MS)  # type: ignore[arg-type]
@@ -398,6 +410,27 @@ def test_an_inter_token_target_is_held_by_holding_back_prefill(target_ms: float)
     assert held.scheduler.pace.state().itl_p95_s == pytest.approx(
         np.percentile(held.intervals(since=5.0), 95), rel=0.03
     )
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 6])
+def test_a_token_waits_for_all_steps_in_flight_or_for_all_stages_that_it_passes(
+    num_microbatches: int,
+) -> None:
+    """Whichever are more are to keep within the target as predicted: what is measured comes too late for the first."""
+    target_s = 120 * MS
+    limits = lane_limits(
+        4, max_microbatches=0, num_microbatches=num_microbatches, itl_target_s=target_s, step_tokens=100_000
+    )
+    lane = VirtualLane(limits, [Costs(constant=2 * MS, position=0.02 * MS)] * 4)
+    for index in range(12):
+        lane.arrive(0.0, f"r{index}", 16, 5000)
+    lane.arrive(1.0, "prompt", 500, 1)
+    lane.run(2.0)
+    pace, rows = lane.scheduler.pace, 12 // num_microbatches
+    pace.running(12, 1200, 90_000)
+    count = pace.allowance(rows, 100 * rows).most(0, 90_000)
+    step_s = pace.costs.predict(shape_of(rows, 100 * rows, np.array([0]), np.array([count])))
+    assert 0.5 * target_s < cycle_s(step_s, num_microbatches, Hops(), 1) <= target_s
 
 
 def test_what_is_not_predicted_counts_against_the_target_all_the_same() -> None:
@@ -470,6 +503,84 @@ def test_a_burst_after_a_trickle_keeps_every_stage_busy_at_once() -> None:
     lane.run(start + 1.0)
     assert len(lane.steps) - began < 40
     assert (lane.busy_s - busy).min() > 0.9
+
+
+def trickle(times_ms: tuple[float, ...], **costs: float) -> VirtualLane:
+    """One stream, for which one step in flight is best, and the number in flight has just been looked at."""
+    each = [Costs(constant=time * MS, **costs) for time in times_ms]
+    lane = VirtualLane(lane_limits(len(each)), each, hop_s=0.1 * MS, control_s=0.3 * MS, answer_s=0.3 * MS)
+    lane.arrive(0.0, "first", 16, 5000)
+    lane.run(2.4)
+    assert lane.scheduler.pace.num_microbatches == 1
+    assert len(lane.steps) % CHOICE_STEPS < 4, "it will soon be looked at anyhow: this shows nothing"
+    return lane
+
+
+@pytest.mark.parametrize("position_ms", [0.011, 0.0001])
+def test_a_burst_is_looked_at_by_the_steps_it_will_fill(position_ms: float) -> None:
+    """Before one of them has run; and however little its positions cost, the more steps the more of them are done."""
+    lane = trickle((3, 3.6), row=0.01 * MS, position=position_ms * MS)
+    busy, start = lane.busy_s.copy(), lane.now
+    for index in range(64):
+        lane.arrive(start, f"r{index}", 8000, 64)
+    lane.run(start + 0.2)
+    assert (lane.busy_s - busy).max() > 0.95 * 0.2
+
+
+def test_many_streams_where_there_was_one_are_looked_at_at_once() -> None:
+    lane = trickle((3, 3.6), row=0.02 * MS, position=0.001 * MS)
+    busy, start, began = lane.busy_s.copy(), lane.now, len(lane.steps)
+    for index in range(200):
+        lane.arrive(start, f"r{index}", 16, 20)
+    lane.run(start + 0.1)
+    assert (lane.busy_s - busy).max() > 0.95 * 0.1
+    assert len(lane.steps) - began < CHOICE_STEPS - 4
+
+
+def test_a_few_streams_that_are_left_of_many_are_looked_at_at_once() -> None:
+    """They run as fast as before the many came, which had three steps in flight: with these they would take half again
+    as long."""
+    costs = [Costs(constant=time * MS, row=0.1 * MS, position=0.001 * MS) for time in (2, 8, 2, 2)]
+    lane = VirtualLane(lane_limits(4), costs, hop_s=0.1 * MS, control_s=0.3 * MS, answer_s=0.3 * MS)
+    for index in range(4):
+        lane.arrive(0.0, f"stream{index}", 16, 5000)
+    lane.run(2.4)
+    before = np.median(lane.intervals(since=2.0))
+    for index in range(200):
+        lane.arrive(2.4, f"r{index}", 16, 34)
+    lane.run(3.5)
+    assert lane.scheduler.pace.num_microbatches == 3
+    when = 3.5
+    while lane.scheduler.num_running > 4:
+        when += 0.01
+        lane.run(when)
+    began = len(lane.steps)
+    lane.run(when + 0.15)
+    assert np.median(lane.intervals(since=when + 0.03)) < 1.1 * before
+    assert began // CHOICE_STEPS == len(lane.steps) // CHOICE_STEPS, (
+        "it was looked at anyhow: this shows nothing"
+    )
+
+
+def test_what_a_burst_was_best_served_with_is_not_kept_when_it_is_over() -> None:
+    """The few that stream beside it go on as fast as before it, though most of the last steps were full of prompts."""
+    costs = [Costs(constant=time * MS, row=0.05 * MS, position=0.02 * MS) for time in (2, 8, 2, 2)]
+    lane = VirtualLane(lane_limits(4), costs, hop_s=0.1 * MS, control_s=0.3 * MS, answer_s=0.3 * MS)
+    for index in range(8):
+        lane.arrive(0.0, f"stream{index}", 16, 5000)
+    lane.run(2.4)
+    before = np.median(lane.intervals(since=2.0))
+    for index in range(24):
+        lane.arrive(2.4, f"r{index}", 1000, 1)
+    lane.run(2.6)
+    assert lane.scheduler.pace.num_microbatches > 4, "it was served no other way: this shows nothing"
+    when = 2.6
+    while lane.scheduler.backlog:
+        when += 0.01
+        lane.run(when)
+    over = when + 0.05
+    lane.run(over + 0.25)
+    assert np.median(lane.intervals(since=over)) < 1.1 * before
 
 
 def test_a_burst_of_prompts_that_cost_next_to_nothing_is_not_dealt_over_many_steps() -> None:
