@@ -10,7 +10,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.driving import SPARE_MICROBATCHES, depth_of, limits_of
 from stagemesh.router.scheduler.cost_model import MIN_STEPS, CostModel, shape_of
-from stagemesh.router.scheduler.pace import CHOICE_STEPS, Allowance
+from stagemesh.router.scheduler.pace import BURST, CHOICE_STEPS, Allowance
 from stagemesh.router.scheduler.pipeline import Hops, PipelineTimes, choose_num_steps, cycle_s
 from stagemesh.v1 import stage_pb2
 
@@ -525,6 +525,22 @@ def test_a_burst_is_looked_at_by_the_steps_it_will_fill(position_ms: float) -> N
         lane.arrive(start, f"r{index}", 8000, 64)
     lane.run(start + 0.2)
     assert (lane.busy_s - busy).max() > 0.95 * 0.2
+
+
+def test_a_burst_does_not_bring_more_steps_where_a_target_bounds_what_they_carry() -> None:
+    """The prompts it has cannot fill more: more of them would only be smaller, and make every token wait for longer."""
+    costs = [Costs(constant=time * MS, row=0.05 * MS, position=0.02 * MS) for time in (2, 8, 2, 2)]
+    limits = lane_limits(4, itl_target_s=30 * MS)
+    lane = VirtualLane(limits, costs, hop_s=0.1 * MS, control_s=0.3 * MS, answer_s=0.3 * MS)
+    for index in range(8):
+        lane.arrive(0.0, f"stream{index}", 16, 5000)
+    for index in range(40):
+        lane.arrive(2.4, f"r{index}", 2000, 4)
+    lane.run(5.4)
+    assert lane.scheduler.backlog > BURST * limits.step_tokens * limits.max_microbatches, (
+        "it is no burst any more"
+    )
+    assert np.percentile(lane.intervals(since=2.6), 95) <= 30 * MS
 
 
 def test_many_streams_where_there_was_one_are_looked_at_at_once() -> None:
