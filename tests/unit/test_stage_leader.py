@@ -12,6 +12,7 @@ import pytest
 from stagemesh.stage.leader import leader as leader_module
 from stagemesh.stage.leader.lane import LeaderLane
 from stagemesh.stage.leader.leader import StageLeader
+from stagemesh.stage.local_queue import StepTiming
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import StageLostError, UnavailableError
 
@@ -93,17 +94,43 @@ async def test_whoever_awaits_an_answer_of_ranks_that_are_gone_hears_it_at_once(
     lane.answer(("prepare", stage_pb2.LINK_KIND_RING), 1, b"late")
 
 
-def test_messages_with_traced_steps_are_kept_for_their_spans() -> None:
+def test_traced_steps_are_kept_for_their_spans() -> None:
     nothing: Any = None
-    kept: list[bytes] = []
-    spans: Any = SimpleNamespace(take_message=kept.append)
+    kept: list[tuple[int, str]] = []
+    spans: Any = SimpleNamespace(take_step=lambda *step: kept.append(step))
     leader = StageLeader(nothing, nothing, "stage 1", nothing, "0", spans)
     group: Any = SimpleNamespace(broadcast=lambda *_: None)
     leader._group = group
     lane = LeaderLane(stage_pb2.OpenLaneRequest(epoch=5))
     plain, traced = stage_pb2.Step(number=1), stage_pb2.Step(number=2, traceparent="00-")
-    for steps in ([plain], [traced], [traced, plain]):
+    for steps in ([plain], [traced], [plain, traced, plain]):
         request = stage_pb2.ExecuteRequest(steps=steps)
         leader.hand_steps(lane, request, request.SerializeToString(), 0)
-    assert [len(stage_pb2.ExecuteRequest.FromString(data).steps) for data in kept] == [1, 2]
+    assert kept == [(2, "00-")] * 2
     assert lane.last_received == 1
+
+
+async def test_spans_get_the_last_steps_of_an_epoch_before_they_hear_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Timings go to the spans with a report; those of steps that were not reported any more, with the epoch's end."""
+    nothing: Any = None
+    heard: list[Any] = []
+    spans: Any = SimpleNamespace(
+        any_traced=True,
+        take_timings=lambda timings: heard.append(timings["number"].tolist()),
+        open_lane=lambda index, epoch: heard.append(f"epoch {epoch}"),
+    )
+    leader = StageLeader(nothing, nothing, "stage 1", nothing, "0", spans)
+    monkeypatch.setattr(leader, "_check_opening", lambda request: None)
+    group: Any = SimpleNamespace(broadcast=lambda *_: None)
+    leader._group = group
+    for epoch in (5, 6):
+        await leader.open_lane(stage_pb2.OpenLaneRequest(epoch=epoch))
+        for number in (1, 2):
+            leader.lane(epoch).add_timings(StepTiming(epoch, number, *range(7)).pack())
+    assert heard == ["epoch 5", [1, 2], "epoch 6"]
+    assert leader.take_timings(leader.lane(6))["number"].tolist() == [1, 2]
+    assert heard[3:] == [[1, 2]]
+    assert not len(leader.take_timings(leader.lane(6)))
+    assert len(heard) == 4

@@ -10,7 +10,7 @@ from exporter_for_tests import Exporter, Intruder
 
 from stagemesh.stage.leader.step_spans import RANKS_LAG, StepSpans
 from stagemesh.stage.local_queue import StepTiming, Timings, unpack_timings
-from stagemesh.v1 import stage_pb2
+from stagemesh.wire.telemetry.buffer import Chunk
 from stagemesh.wire.telemetry.names import PARTS, Attribute, Span
 
 PARTS_NS = (0, 20, 30, 400, 50)
@@ -20,12 +20,9 @@ def traceparent(number: int) -> str:
     return f"00-{number:032x}-{number:016x}-01"
 
 
-def step(number: int, *, traced: bool = True) -> stage_pb2.Step:
-    return stage_pb2.Step(epoch=7, number=number, traceparent=traceparent(number) if traced else "")
-
-
-def message(*steps: stage_pb2.Step) -> bytes:
-    return stage_pb2.ExecuteRequest(steps=steps).SerializeToString()
+def take(spans: StepSpans, *numbers: int) -> None:
+    for number in numbers:
+        spans.take_step(number, traceparent(number))
 
 
 def timings(*numbers: int, parts: tuple[int, ...] = PARTS_NS) -> Timings:
@@ -42,7 +39,7 @@ def make(**settings: Any) -> tuple[Exporter, StepSpans]:
 
 def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() -> None:
     exporter, spans = make()
-    spans.take_message(message(step(1), step(2, traced=False), step(3)))
+    take(spans, 1, 3)
     spans.take_timings(timings(1, 2))
     spans.take_timings(timings(3, parts=(10, *PARTS_NS[1:])))
     found = exporter.spans()
@@ -59,6 +56,7 @@ def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() 
             Attribute.SENT_BYTES: 99,
         }
         parts = [span for span in found if span.parent_span_id == stage.span_id]
+        parts.sort(key=lambda part: part.start_time_unix_nano)
         assert [part.name for part in parts] == list(PARTS[0 if queue_ns else 1 :])
         edges = [(part.start_time_unix_nano, part.end_time_unix_nano) for part in parts]
         assert edges[0][0] == stage.start_time_unix_nano
@@ -70,29 +68,29 @@ def test_a_span_for_each_traced_step_whose_parts_follow_each_other_and_add_up() 
 
 def test_spans_of_an_epoch_that_ended_are_kept_and_steps_that_never_ended_have_none() -> None:
     exporter, spans = make()
-    spans.take_message(message(step(1), step(2)))
+    take(spans, 1, 2)
     spans.take_timings(timings(1))
     assert spans.any_traced
     spans.open_lane(2, 8)
     assert not spans.any_traced
-    spans.take_message(message(step(2)))
+    take(spans, 2)
     assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
 
 
 def test_an_epoch_that_is_raised_while_spans_are_made_is_none_of_theirs() -> None:
     """The exporter's thread holds the steps of an epoch when the next one is to be opened, which numbers from 1 too."""
     exporter, spans = make()
-    spans.take_message(message(step(1), step(2)))
+    take(spans, 1, 2)
     spans.take_timings(timings(1))
     intruder = Intruder(spans, lambda: spans.open_lane(2, 8))
-    read = spans._read
+    make_spans = spans._stage_spans
 
-    def reads(messages: Iterable[bytes]) -> None:
-        spans._read = read  # type: ignore[method-assign]
+    def slowly(done: Iterable[Timings]) -> list[Chunk]:
+        spans._stage_spans = make_spans  # type: ignore[method-assign]
         intruder.come()
-        read(messages)
+        return make_spans(done)
 
-    spans._read = reads  # type: ignore[method-assign]
+    spans._stage_spans = slowly  # type: ignore[method-assign]
     found = exporter.spans()
     intruder.leave()
     (stage,) = [span for span in found if span.name == Span.STAGE]
@@ -106,21 +104,14 @@ def test_an_epoch_that_is_raised_while_spans_are_made_is_none_of_theirs() -> Non
 def test_what_is_dropped_leaves_nothing_behind() -> None:
     exporter, spans = make(max_queued=2 * (1 + len(PARTS)))
     for number in (1, 2, 3):
-        spans.take_message(message(step(number)))
+        take(spans, number)
         spans.take_timings(timings(number))
     assert [span.name for span in exporter.spans()].count(Span.STAGE) == 2
-    assert spans.num_dropped == 2 * (1 + len(PARTS)), "a message and the timings of a step"
-    spans.take_message(message(step(4), step(5)))
+    assert spans.num_dropped == 2 * (1 + len(PARTS)), "a step and its timings"
+    take(spans, 4, 5)
     spans.take_timings(timings(5))
     assert [span.name for span in exporter.spans()].count(Span.STAGE) == 1
     assert not spans._open_steps, "nobody will report step 4 any more"
-
-
-def test_a_message_without_a_traced_step_makes_no_span() -> None:
-    exporter, spans = make()
-    spans.take_message(message(step(1, traced=False), step(2, traced=False)))
-    spans.take_timings(timings(1, 2))
-    assert exporter.spans() == []
 
 
 def test_ranks_are_remembered_for_a_number_of_steps() -> None:
@@ -128,7 +119,7 @@ def test_ranks_are_remembered_for_a_number_of_steps() -> None:
     spans = StepSpans(exporter, ranks=True)  # type: ignore[arg-type]
     spans.open_lane(2, 7)
     for number in (1, 5, 3 * RANKS_LAG, 3 * RANKS_LAG + 7):
-        spans.take_message(message(step(number)))
+        take(spans, number)
     spans.take_timings(timings(3 * RANKS_LAG))
     ranks = [span for span in exporter.spans() if span.name == Span.RANK]
     assert list(spans._traced) == [3 * RANKS_LAG, 3 * RANKS_LAG + 7]

@@ -86,10 +86,14 @@ class SpanTemplate:
             place("linked_span_id", b"\x12\x08", _SPAN_ID)
         self._root, self._linked = root, linked
         self._size = len(body)
-        self._head = b"\x12" + varint(len(body))
+        head = b"\x12" + varint(len(body))
         self._body = bytes(body)
         self._places = places
-        self._whole, self._bare = self._layout(len(self._head)), self._layout(0)
+        self._bare = self._layout(0)
+        self.body = head + self._body
+        """Of one span, as a field of a ScopeSpans."""
+        self.layout = self._layout(len(head))
+        """Of `body`: where the places are."""
 
     def encode(
         self,
@@ -118,20 +122,13 @@ class SpanTemplate:
         count = len(span_ids)
         if not count:
             return b""
-        head, layout = (self._head, self._whole) if tails is None else (b"", self._bare)
-        data = bytearray((head + self._body) * count)
+        body, layout = (self.body, self.layout) if tails is None else (self._body, self._bare)
+        data = bytearray(body * count)
         rows = np.frombuffer(data, layout)
-        rows["trace_id"], rows["span_id"] = trace_ids, span_ids
-        rows["start"], rows["end"] = starts_ns, ends_ns
-        if not self._root:
-            assert parent_ids is not None
-            rows["parent_id"] = parent_ids
+        self.fill(rows, trace_ids, span_ids, starts_ns, ends_ns, parent_ids, columns)
         if self._linked:
             assert links is not None
             rows["linked_trace_id"], rows["linked_span_id"] = links[:, :16], links[:, 16:]
-        for key, column in self._columns.items():
-            values = (columns or {})[key]
-            rows[key] = _varints(values) if column == "int" else values
         if tails is None:
             return bytes(data)
         parts: list[bytes | memoryview] = []
@@ -139,6 +136,26 @@ class SpanTemplate:
         for begin, tail in zip(range(0, count * size, size), tails, strict=True):
             parts += (b"\x12", varint(size + len(tail)), view[begin : begin + size], tail)
         return b"".join(parts)
+
+    def fill(
+        self,
+        rows: npt.NDArray[Any],
+        trace_ids: Bytes,
+        span_ids: Bytes,
+        starts_ns: Int64,
+        ends_ns: Int64,
+        parent_ids: Bytes | None = None,
+        columns: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
+        """Overwrite what differs in [N] rows of `layout`; arguments as of `encode`."""
+        rows["trace_id"], rows["span_id"] = trace_ids, span_ids
+        rows["start"], rows["end"] = starts_ns, ends_ns
+        if not self._root:
+            assert parent_ids is not None
+            rows["parent_id"] = parent_ids
+        for key, column in self._columns.items():
+            values = (columns or {})[key]
+            rows[key] = _varints(values) if column == "int" else values
 
     def _layout(self, head: int) -> np.dtype[np.void]:
         """Where the places are in a row that begins with so many other bytes."""
@@ -151,6 +168,25 @@ class SpanTemplate:
                 "itemsize": head + self._size,
             }
         )
+
+
+class SpanRow:
+    """Spans that always come together, side by side: one row of bytes for all of them, so that a batch of them is laid out
+    once.
+
+    Args:
+        templates: Of the spans.
+    """
+
+    def __init__(self, templates: Sequence[SpanTemplate]) -> None:
+        self._body = b"".join(template.body for template in templates)
+        self._layout = np.dtype([(str(index), template.layout) for index, template in enumerate(templates)])
+
+    def rows(self, count: int) -> tuple[bytearray, list[npt.NDArray[Any]]]:
+        """The bytes of so many rows, and of each template the [count] places in them, for SpanTemplate.fill."""
+        data = bytearray(self._body * count)
+        rows = np.frombuffer(data, self._layout)
+        return data, [rows[name] for name in self._layout.names or ()]
 
 
 class TextAttribute:

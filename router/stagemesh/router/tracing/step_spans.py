@@ -13,6 +13,7 @@ import numpy as np
 from stagemesh.router.lane.step_records import DONE_NS, StepRecords
 from stagemesh.router.lane.timings import STEPS_KEPT
 from stagemesh.router.scheduler import Step
+from stagemesh.router.scheduler.step import Changes
 from stagemesh.wire.telemetry.buffer import MAX_REQUEST_BYTES, Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import Attribute, Span
 from stagemesh.wire.telemetry.span_columns import LINK_ROW, Bytes, Int64, SpanTemplate, link
@@ -48,6 +49,8 @@ class StepSpans:
         self._records = StepRecords()
         self._links: dict[int, bytes] = {}
         """By slot: the link to the sampled request that has it."""
+        self._found: dict[int, bytes] = {}
+        """By step, since `_links` last changed: the links of the requests in it, for steps that repeat its rows."""
         self._sent: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
         """Numbers and links of traced steps; whether they have been answered is found out in the exporter's thread."""
         self._open: list[tuple[int, bytes]] = []
@@ -75,25 +78,43 @@ class StepSpans:
             self.ids = StepIds(secrets.randbits(64), secrets.randbits(64))
             self._epoch, self._records = epoch, records
             self._links.clear()
+            self._found.clear()
             self._open = []
 
     def step_sent(self, step: Step) -> str:
         """The step's traceparent; empty if it carries no sampled request. Called for every step, in order."""
         # Without numpy: its code has left the caches since the last step, and each call here would cost microseconds.
         links, changes = self._links, step.changes
-        if links:
-            for slot in changes.released:
-                links.pop(slot, None)
+        if changes.admitted or (links and changes.released):
+            self._change(changes)
+        if not links:
+            return ""
+        found = self._found.get(step.same_rows_as)
+        if found is None:
+            found = self._links_in(step.slots.tolist())
+        self._found[step.number] = found
+        if not found:
+            return ""
+        self._sent.add((step.number, found))
+        return self.ids.traceparent(step.number)
+
+    def _change(self, changes: Changes) -> None:
+        """Requests leave their slots, and others take some."""
+        links = self._links
+        for slot in changes.released:
+            links.pop(slot, None)
         for sequence in changes.admitted:
+            links.pop(sequence.slot, None)
             if sequence.request.trace:
                 links[sequence.slot] = link(sequence.request.trace)
-            elif links:
-                links.pop(sequence.slot, None)
-        if not links or links.keys().isdisjoint(slots := step.slots.tolist()):
-            return ""
-        found = [links[slot] for slot in slots if slot in links]
-        self._sent.add((step.number, b"".join(found[: self._max_links])))
-        return self.ids.traceparent(step.number)
+        self._found.clear()
+
+    def _links_in(self, slots: list[int]) -> bytes:
+        if len(self._found) > STEPS_KEPT:
+            self._found.clear()
+        if self._links.keys().isdisjoint(slots):
+            return b""
+        return b"".join([self._links[slot] for slot in slots if slot in self._links][: self._max_links])
 
     def _spans(self) -> list[Chunk]:
         with self._making:

@@ -111,10 +111,14 @@ class LeaderLane:
             or age >= HEARTBEAT_S
         )
 
-    def take_report(self) -> bytes:
-        """The report of the steps done since the last one, serialized as an ExecuteResponse."""
+    def take_timings(self) -> Timings:
+        """The steps done since the last call."""
         timings = np.concatenate(self._timings) if self._timings else unpack_timings(b"")
         self._timings, self._num_timings = [], 0
+        return timings
+
+    def report(self, timings: Timings) -> bytes:
+        """The report of these steps, serialized as an ExecuteResponse."""
         self._reported_at = time.monotonic()
         report = stage_pb2.StageReport(
             epoch=self.epoch,

@@ -20,7 +20,7 @@ from stagemesh.stage.leader.stats import StageStats
 from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.leader.unix_link import UnixListener, UnixReading, connect
 from stagemesh.stage.leader.worker_group import WorkerGroup
-from stagemesh.stage.local_queue import TensorHeader, ToLeader, ToWorker, unpack_timings
+from stagemesh.stage.local_queue import TensorHeader, Timings, ToLeader, ToWorker, unpack_timings
 from stagemesh.stage.local_socket import Part
 from stagemesh.stage.plan import StagePlan
 from stagemesh.stage.unix_link import TRANSPORT, UnixReceiver
@@ -218,6 +218,7 @@ class StageLeader:
             if self._lane:
                 self._lane.close_receivers()
                 await self.close_lane(self._lane)
+                self.take_timings(self._lane)  # lest its numbers come among those of the new epoch
             self._lane = LeaderLane(request, self.stats)
             if self._spans:
                 self._spans.open_lane(request.stage_index, request.epoch)
@@ -252,11 +253,21 @@ class StageLeader:
         if steps := request.steps:
             newest = steps[-1]
             lane.last_received = newest.number
-            if self._spans and (newest.traceparent or len(steps) > 1):
-                self._spans.take_message(data)
+            if self._spans:
+                for step in steps:
+                    if traceparent := step.traceparent:
+                        self._spans.take_step(step.number, traceparent)
             if self.stats:
                 self.stats.take_steps(steps)
             self._require_group().broadcast(ToWorker.STEPS, arrival_ns.to_bytes(8, "little"), data)
+
+    def take_timings(self, lane: LeaderLane) -> Timings:
+        """The steps that are done since the last call, for the router; their spans get them too: once a report, since
+        for each step it would cost more than all else of its tracing here."""
+        timings = lane.take_timings()
+        if self._spans and self._spans.any_traced and len(timings):
+            self._spans.take_timings(timings)
+        return timings
 
     async def prepare_nccl(self, lane: LeaderLane, kind: int, timeout_s: float) -> list[bytes]:
         """The unique id of every rank's end of a link that this stage receives on, in rank order."""
@@ -364,8 +375,6 @@ class StageLeader:
             lane.add_result(parts[0].bytes)
         elif kind is ToLeader.DONE:
             timings = lane.add_timings(parts[0].bytes)
-            if self._spans and self._spans.any_traced:
-                self._spans.take_timings(timings)
             if self.stats:
                 self.stats.take_timings(timings)
         elif kind is ToLeader.RANK_DONE:

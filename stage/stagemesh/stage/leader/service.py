@@ -108,11 +108,12 @@ class StageService:
                 if lane.error:
                     raise lane.error
                 if lane.report_due():
-                    await context.write(lane.take_report())
+                    await context.write(lane.report(self._leader.take_timings(lane)))
             await reader
         finally:
             look.cancel()
             reader.cancel()
+            self._leader.take_timings(lane)
             # Without its router the lane is over; its links close so that the neighbours see it too.
             lane.fail(StageLostError("the router closed the lane", reason="STAGE_LOST"))
             await self._leader.close_lane(lane)

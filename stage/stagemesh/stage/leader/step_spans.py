@@ -1,6 +1,6 @@
 """The stage's part in the trace of a microbatch: a span, and a child for each part of its time.
 
-They are made in the exporter's thread, from the router's messages and the timings that the workers report anyway. The
+They are made in the exporter's thread, from the steps' traceparents and the timings that the workers report anyway. The
 serving thread only keeps both: between two steps the caches forget its code, and what takes a microsecond in a loop takes
 ten there.
 """
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stagemesh.stage.local_queue import StepTiming, Timings
-from stagemesh.v1 import stage_pb2
 from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.names import PART_MS, PARTS, Attribute, Span
-from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanTemplate, ids
+from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanRow, SpanTemplate, ids
 
 if TYPE_CHECKING:
     from stagemesh.wire.telemetry.exporter import SpanExporter
@@ -59,23 +58,24 @@ class StepSpans:
         self._stage_index = 0
         self.any_traced = False
         """Of this epoch's steps."""
-        self._messages: SpanBuffer[bytes] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
-        """ExecuteRequests in which there may be a traced step."""
+        self._came: SpanBuffer[tuple[int, str]] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        """Numbers and traceparents of traced steps."""
         self._done: SpanBuffer[Timings] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
         """All that was reported since the first traced step, traced or not: which is found out in the exporter's thread."""
         self._open_steps: dict[int, str] = {}
-        """Of the traced steps that have not been reported, the traceparents; the exporter's thread has found them."""
+        """Of the traced steps that have not been reported, the traceparents; of the exporter's thread."""
         self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
         self._making = threading.Lock()
         """Held where spans are made, and where the epoch changes: the numbers of an older one may not come into it."""
+        self._slot, *self._parts = (SpanTemplate(part) for part in PARTS)
         self._stage = _stage_template(0, 0)
-        self._parts = [SpanTemplate(part) for part in PARTS]
+        self._row = SpanRow([self._stage, *self._parts])
         exporter.register(self._spans)
 
     @property
     def num_dropped(self) -> int:
         """Spans that did not fit while the receiver was away."""
-        return (self._messages.num_dropped + self._done.num_dropped) * SPANS_OF_A_STEP
+        return (self._came.num_dropped + self._done.num_dropped) * SPANS_OF_A_STEP
 
     def open_lane(self, stage_index: int, epoch: int) -> None:
         """Steps of an older epoch do not end any more."""
@@ -84,13 +84,14 @@ class StepSpans:
                 self._made.add(chunk)
             self._stage_index = stage_index
             self._stage = _stage_template(stage_index, epoch)
+            self._row = SpanRow([self._stage, *self._parts])
             self.any_traced = False
             self._open_steps.clear()
             self._traced.clear()
 
-    def take_message(self, data: bytes) -> None:
-        """An ExecuteRequest came in which a step may be traced."""
-        self._messages.add(data)
+    def take_step(self, number: int, traceparent: str) -> None:
+        """A traced step came."""
+        self._came.add((number, traceparent))
         self.any_traced = True
 
     def take_timings(self, timings: Timings) -> None:
@@ -108,19 +109,12 @@ class StepSpans:
             return [*self._made.take(), *self._make()]
 
     def _make(self) -> list[Chunk]:
-        # In this order: the message of a step that is done has come before.
-        of_ranks, done, messages = self._of_ranks.take(), self._done.take(), self._messages.take()
-        self._read(messages)
+        # In this order: a step that is done has come before.
+        of_ranks, done, came = self._of_ranks.take(), self._done.take(), self._came.take()
+        self._open_steps.update(came)
+        if self._ranks:
+            self._traced.update(came)
         return [*self._stage_spans(done), *self._rank_spans(of_ranks)]
-
-    def _read(self, messages: Iterable[bytes]) -> None:
-        """Remember their traced steps."""
-        for data in messages:
-            for step in stage_pb2.ExecuteRequest.FromString(data).steps:
-                if step.traceparent:
-                    self._open_steps[step.number] = step.traceparent
-                    if self._ranks:
-                        self._traced[step.number] = step.traceparent
 
     def _rank_spans(self, reported: Iterable[tuple[int, Timings]]) -> list[Chunk]:
         """Children of the stage's spans."""
@@ -169,37 +163,28 @@ class StepSpans:
     def _encode(self, traceparents: list[str], table: Int64) -> Chunk:
         traces, roots = parents_of(traceparents)
         count = len(traceparents)
-        arrivals = table[:, 2] + (time.time_ns() - time.monotonic_ns())
-        ends = arrivals[:, None] + np.cumsum(table[:, PART_COLUMNS], axis=1)
+        times = table[:, 2 : 3 + len(PARTS)].copy()
+        times[:, 0] += time.time_ns() - time.monotonic_ns()
+        times = times.cumsum(axis=1).T  # begin of the first part, then the end of each
         stages = self._stage_ids(roots)
-        data = self._stage.encode(
-            trace_ids=traces,
-            span_ids=stages,
-            parent_ids=roots,
-            starts_ns=arrivals,
-            ends_ns=ends[:, -1],
-            columns={Attribute.STEP: table[:, 1], Attribute.SENT_BYTES: table[:, SENT_BYTES]},
-        )
-        spans = count
-        begins = arrivals
-        encoded = [data]
         part_ids = ids(os.urandom(8 * count * len(PARTS)), 8).reshape(len(PARTS), count, 8)
-        for index, template in enumerate(self._parts):
-            # Most steps find the stage free: then there is no queue to show.
-            there = slice(None) if index else np.flatnonzero(table[:, PART_COLUMNS][:, 0])
-            chosen = part_ids[index, there]
-            encoded.append(
-                template.encode(
-                    trace_ids=traces[there],
-                    span_ids=chosen,
-                    parent_ids=stages[there],
-                    starts_ns=begins[there],
-                    ends_ns=ends[there, index],
-                )
-            )
-            begins = ends[:, index]
-            spans += len(chosen)
-        return b"".join(encoded), spans
+        data, (stage_rows, *part_rows) = self._row.rows(count)
+        columns = {Attribute.STEP: table[:, 1], Attribute.SENT_BYTES: table[:, SENT_BYTES]}
+        self._stage.fill(stage_rows, traces, stages, times[0], times[-1], roots, columns)
+        for index, (template, rows) in enumerate(zip(self._parts, part_rows, strict=True), start=1):
+            template.fill(rows, traces, part_ids[index], times[index], times[index + 1], stages)
+        # Most steps find the stage free: then there is no queue to show.
+        queued = np.flatnonzero(times[1] > times[0])
+        if not len(queued):
+            return bytes(data), count * len(PARTS)
+        slots = self._slot.encode(
+            trace_ids=traces[queued],
+            span_ids=part_ids[0, queued],
+            parent_ids=stages[queued],
+            starts_ns=times[0, queued],
+            ends_ns=times[1, queued],
+        )
+        return bytes(data) + slots, count * len(PARTS) + len(queued)
 
 
 def _stage_template(stage_index: int, epoch: int) -> SpanTemplate:
