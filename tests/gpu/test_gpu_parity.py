@@ -124,6 +124,26 @@ def test_small_steps_and_chunked_prompts(mesh_of: MeshOf, reference: Reference) 
     compare(mesh_of((1, 1), router_flags=("--step-tokens", "48", "--lookahead", "2")), reference, seed=4)
 
 
+@pytest.mark.skipif(REHEARSAL, reason="the kernels are those of GPUs")
+@pytest.mark.parametrize("tps", [(1,), pytest.param((2,), marks=pytest.mark.gpus(2))], ids=["1", "TP2"])
+def test_kernels_that_do_not_compile_are_done_without(
+    tps: tuple[int, ...],
+    mesh_of: MeshOf,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """FlashInfer is there, its compiler fails and nothing is in its cache."""
+    monkeypatch.setenv("FLASHINFER_NVCC", "/bin/false")
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path))
+    mesh = mesh_of(tps, share=0.29)
+    for rank in mesh.lane.stages[0].description.ranks:
+        backends = dict(rank.backends)
+        assert backends["attention"].startswith("triton")
+        assert "RuntimeError: Ninja build failed" in backends["attention-reason"]
+    compare(mesh, reference, seed=12)
+
+
 def test_float16(mesh_of: MeshOf, reference: Reference) -> None:
     """Narrower than bfloat16 in range and not in digits: its error is within bfloat16's."""
     compare(mesh_of((1,), dtype="float16"), reference, seed=5)

@@ -163,3 +163,13 @@ def test_a_rank_that_is_gone_is_named(start: Callable[..., Ranks]) -> None:
     ranks = start(3, work)
     for rank, said in zip((0, 2), ranks.results(0, 2), strict=True):
         assert said == f"rank 1 did not come to exchange 2 within 2 s; rank {rank} waited"
+
+
+def test_ranks_agree_only_if_all_do(start: Callable[..., Ranks]) -> None:
+    def work(group: RankGroup) -> list[bool]:
+        device = torch.device("cpu")
+        return [group.all_agree(yes, device) for yes in (True, group.rank == 0, group.rank == 1, False)]
+
+    assert start(2, work).results(0, 1) == [[True, False, False, False]] * 2
+    assert RankGroup().all_agree(True, torch.device("cpu"))
+    assert not RankGroup().all_agree(False, torch.device("cpu"))

@@ -62,6 +62,11 @@ class RankGroup:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_agree(self, mine: bool, device: torch.device) -> bool:
+        """Whether it is so on every rank, asked on a device that the ranks can sum on."""
+        votes = self.all_reduce(torch.tensor([int(mine)], dtype=torch.int32, device=device))
+        return int(votes.item()) == self.size
+
     def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor (equal shapes), concatenated along dimension 0."""
         return tensor if self.size == 1 else self._all_gather(tensor.contiguous()).flatten(0, 1)

@@ -10,7 +10,9 @@ import torch
 
 from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.columns import RowPlan
+from stagemesh.stage.cuda.optional import on_every_rank
 from stagemesh.stage.cuda.staging import StagingSlot
+from stagemesh.stage.group import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -105,35 +107,40 @@ def make_attention(
     cache: DeviceCache,
     shape: HeadShape,
     workspace: torch.Tensor,
+    group: RankGroup,
     *,
     max_rows: int,
     max_tokens: int,
     pdl: bool = False,
 ) -> tuple[DeviceAttention, str]:
-    """The best backend there is, and why it is not a better one (empty: it is the best).
+    """The best backend that every rank has, and why it is not a better one (empty: it is the best).
 
     Args:
         cache: Of the rank.
         shape: Its heads.
         workspace: uint8, at least workspace_bytes of the shape; nobody else's while a layer attends.
+        group: The ranks that must compute alike.
         max_rows: Of a decode graph.
         max_tokens: Of any step.
         pdl: Launch kernels before the one ahead of them has ended.
     """
-    reason = ""
     if cache.pages.dtype not in (torch.bfloat16, torch.float16):
         reason = f"FlashInfer does not compute {str(cache.pages.dtype).removeprefix('torch.')}"
     elif shape.head_dim not in (64, 128, 256):
         reason = f"FlashInfer has no kernels for heads {shape.head_dim} wide"
     else:
-        try:
+
+        def make() -> DeviceAttention:
             from stagemesh.stage.cuda.flashinfer_attention import FlashInferAttention
 
-            attention = FlashInferAttention(
+            made = FlashInferAttention(
                 cache, shape, workspace, max_rows=max_rows, max_tokens=max_tokens, pdl=pdl
             )
+            made.try_out()
+            return made
+
+        attention, reason = on_every_rank(make, "FlashInfer's kernels", group, cache.pages.device)
+        if attention is not None:
             return attention, ""
-        except ModuleNotFoundError as error:
-            reason = f"{error.name} is not installed"
     log.warning("attention: Triton's fallback, slow in prefill: %s", reason)
     return TritonAttention(cache, shape), reason

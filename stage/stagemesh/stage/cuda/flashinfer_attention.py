@@ -86,6 +86,32 @@ class FlashInferAttention(DeviceAttention):
         self._num_decodes = 0
         self._num_rows = 0
 
+    def try_out(self) -> None:
+        """Plan and run decode and prefill once, a query of one cell: what cannot run on this device raises here.
+
+        Pages must be readable as they are; nothing is written to them.
+        """
+        dtype, device = self.cache.pages.dtype, self.cache.pages.device
+        query = torch.zeros(1, self.shape.num_heads, self.shape.head_dim, dtype=dtype, device=device)
+        begins, out = self._ones_begins[:2], torch.empty_like(query)
+        plan_memory = torch.zeros(PLAN_BYTES, dtype=torch.uint8)
+        for mask in (NON_CAUSAL, CAUSAL):
+            ends = np.array([0, 1], np.int32)
+            plan = self._plan(self._decode_workspace, plan_memory, ends, ends, 1, False)
+            self._run(
+                0,
+                self._decode_workspace,
+                plan,
+                query,
+                out,
+                begins,
+                begins,
+                last_page=begins[1:],
+                blocks=begins[:1],
+                mask=mask,
+            )
+        torch.cuda.synchronize(device)
+
     def variants(self, bucket: int) -> tuple[bool, ...]:
         return (False, True) if bucket <= self._most_splits else (False,)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stagemesh.stage.cuda.optional import on_every_rank
 from stagemesh.stage.cuda.reduce import SharedReducer, TimeOf
 from stagemesh.stage.group import RankGroup
 
@@ -123,21 +124,11 @@ def load_module(group: RankGroup, hidden: int, dtype: torch.dtype) -> tuple[Any,
 
     It takes 16 s to compile; FlashInfer keeps it on disk.
     """
-    module, reason = None, ""
     if group.size not in SIZES:
-        reason = f"there is no kernel for {group.size} ranks"
-    elif dtype.itemsize != 2 or hidden % (8 * 128):
-        reason = f"there is no kernel for {hidden} values of {str(dtype).removeprefix('torch.')}"
-    else:
-        try:
-            module = _build()
-        except (ModuleNotFoundError, OSError, RuntimeError) as error:
-            reason = f"its kernel cannot be had: {error}"
-    there = torch.tensor([module is not None], dtype=torch.int32, device="cuda")
-    dist.all_reduce(there, op=dist.ReduceOp.MIN)
-    if module is not None and not int(there.item()):
-        return None, "another rank has no kernel"
-    return module, reason
+        return None, f"there is no kernel for {group.size} ranks"
+    if dtype.itemsize != 2 or hidden % (8 * 128):
+        return None, f"there is no kernel for {hidden} values of {str(dtype).removeprefix('torch.')}"
+    return on_every_rank(_build, "its kernel", group, torch.device("cuda"))
 
 
 def _build() -> Any:

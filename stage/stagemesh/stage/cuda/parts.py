@@ -105,7 +105,7 @@ def make_cuda_engine(
     )
     pdl = config.pdl and has_pdl(where)
     attention, reason = make_attention(
-        cache, shape, buffers.workspace, max_rows=max_rows, max_tokens=config.max_step_tokens, pdl=pdl
+        cache, shape, buffers.workspace, group, max_rows=max_rows, max_tokens=config.max_step_tokens, pdl=pdl
     )
     links, transports = _links(config, group, device, stream, model.hidden_size, dtype, cache)
     made = time.perf_counter()
