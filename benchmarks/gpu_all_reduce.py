@@ -1,8 +1,9 @@
-"""The all-reduce in one kernel with residual and norm, on two GPUs: whether it is right, and its time beside two kernels.
+"""The all-reduce in one kernel with residual and norm, on two GPUs: whether it is right, and its time beside two kernels;
+and the ways to sum alone, with what a stage chooses.
 
     python benchmarks/gpu_all_reduce.py --json
 
-Times are those of calls in a CUDA graph, as decode steps make them.
+Times are those of calls in a CUDA graph, as decode steps make them and as a stage measures them at its start.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ from report import Report
 
 from stagemesh.stage.cuda.environment import CUDA_VARIABLES
 from stagemesh.stage.cuda.fused_reduce import FusedReducer, load_module
-from stagemesh.stage.cuda.reduce import SharedReducer, time_on_device
+from stagemesh.stage.cuda.reduce import KINDS, MEASURED_ROWS, SharedReducer, time_in_graph
 from stagemesh.stage.group import RankGroup
 from stagemesh.stage.kernels.norm import add_rms_norm
 
 HIDDEN, MAX_TOKENS, EPS = 4096, 8192, 1e-5
 CHECKED_ROWS, TIMED_ROWS = (1, 2, 7, 8, 33, 64, 100, 128), (1, 16, 64, 128)
-REPEATS, CALLS, REPLAYS = 20, 64, 10
+REPEATS = 20
 TOLERANCE = 0.04
 """A step of bf16 at the largest values there are."""
 PORT = "29871"
@@ -54,27 +55,6 @@ def check(reducer: FusedReducer, weight: torch.Tensor, rows: int, *, pdl: bool) 
     return worst, same
 
 
-def in_a_graph_us(call: Callable[[], None]) -> float:
-    """Microseconds of a call."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(CALLS):
-            call()
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e3 / (CALLS * REPLAYS)
-
-
 def rank_main(rank: int, size: int, as_json: bool, cache: Path) -> None:
     """One rank; rank 0 prints."""
     os.environ.update(CUDA_VARIABLES, MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT)
@@ -85,7 +65,7 @@ def rank_main(rank: int, size: int, as_json: bool, cache: Path) -> None:
     if module is None:
         raise RuntimeError(reason)
     reducer = FusedReducer(group, MAX_TOKENS, HIDDEN, torch.bfloat16, torch.device("cuda", rank), module)
-    reducer.measure(cache, time_on_device)
+    reducer.measure(cache, time_in_graph, pdl=True)
     weight = torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16)
     dist.broadcast(weight, 0)
     torch.manual_seed(rank)
@@ -96,6 +76,11 @@ def rank_main(rank: int, size: int, as_json: bool, cache: Path) -> None:
             report.add(
                 f"{rows} rows, largest difference", worst, "", target=TOLERANCE, at_most=True, reference=told
             )
+    reducer.partial.zero_()
+    for rows in MEASURED_ROWS:
+        for kind in KINDS:
+            us = time_in_graph(partial(reducer._sum, kind, reducer.partial[:rows]))
+            report.add(f"{rows} rows, {kind}", us, "us", reference=f"chosen: {reducer.kind(rows)}")
     residual = torch.zeros(TIMED_ROWS[-1], HIDDEN, device="cuda", dtype=torch.bfloat16)
     reducer.partial.zero_()
     for rows in TIMED_ROWS:
@@ -107,8 +92,8 @@ def rank_main(rank: int, size: int, as_json: bool, cache: Path) -> None:
         def together(part: torch.Tensor = part, into: torch.Tensor = into) -> None:
             reducer._fused(part, into, weight, EPS, part, pdl=True)
 
-        report.add(f"{rows} rows, two kernels", in_a_graph_us(apart), "us", reference=reducer.kind(rows))
-        report.add(f"{rows} rows, one kernel", in_a_graph_us(together), "us")
+        report.add(f"{rows} rows, two kernels", time_in_graph(apart), "us", reference=reducer.kind(rows))
+        report.add(f"{rows} rows, one kernel", time_in_graph(together), "us")
     if rank == 0:
         report.finish()
     dist.barrier()

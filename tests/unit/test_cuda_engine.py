@@ -473,31 +473,3 @@ def test_few_rows_are_summed_together_with_the_norm() -> None:
     # Nine rows went the long way: the residual and the part are 2, their norm is 1.
     assert torch.equal(residual[8], torch.full((32,), 2.0))
     torch.testing.assert_close(part, torch.ones(9, 32))
-
-
-def test_ranks_that_time_it_differently_measure_the_same_sums(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stagemesh.stage.cuda.fused_reduce import FUSED_ROWS, FusedReducer
-    from stagemesh.stage.cuda.reduce import SharedReducer
-
-    monkeypatch.setattr(SharedReducer, "measure", lambda *_: None)
-    monkeypatch.setattr(FusedReducer, "_agree", lambda _, choices: choices)
-
-    def measure(fast_to: int) -> tuple[int, int]:
-        """What is chosen, and the calls that were timed, where one kernel is faster up to so many rows."""
-        reducer = FusedReducer.__new__(FusedReducer)
-        reducer.partial = torch.zeros(FUSED_ROWS[-1], 8)
-        calls: list[float] = []
-
-        def time_of(call: Any) -> float:
-            rows, together = call.args[0].shape[0], call.func.__name__ == "_fused"
-            calls.append(rows)
-            return 1.0 if together == (rows <= fast_to) else 2.0
-
-        reducer.measure(tmp_path / "crossovers.json", time_of)
-        return reducer._fused_rows, len(calls)
-
-    assert measure(FUSED_ROWS[-1]) == (FUSED_ROWS[-1], 2 * len(FUSED_ROWS))
-    assert measure(8) == (8, 2 * len(FUSED_ROWS))
-    assert measure(0) == (0, 2 * len(FUSED_ROWS))

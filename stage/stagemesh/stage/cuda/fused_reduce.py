@@ -81,10 +81,16 @@ class FusedReducer(SharedReducer):
         else:
             super().sum_add_norm(part, residual, weight, eps, out, pdl=pdl)
 
-    def measure(self, cache: Path, time_of: TimeOf) -> None:
+    def measure(self, cache: Path, time_of: TimeOf, *, pdl: bool = False) -> None:
         """Also find up to how many rows one kernel is faster than two."""
-        super().measure(cache, time_of)
-        self._fused_rows = 0
+        super().measure(cache, time_of, pdl=pdl)
+        what = f", with norm{' and PDL' if pdl else ''}"
+        (self._fused_rows,) = self._recall(cache, what, 1, lambda: [self._measure_fused(time_of, pdl)])
+        self.name = f"with norm to {self._fused_rows} rows, else {self.name}"
+        log.info("all-reduce: %s", self.name)
+
+    def _measure_fused(self, time_of: TimeOf, pdl: bool) -> int:
+        """The most of FUSED_ROWS up to which it is the faster one."""
         residual = torch.zeros_like(self.partial[: FUSED_ROWS[-1]])
         weight = torch.ones_like(residual[0])
         fused_rows, faster = 0, True
@@ -93,16 +99,14 @@ class FusedReducer(SharedReducer):
             if rows > self.partial.shape[0]:
                 break
             tensors = (self.partial[:rows], residual[:rows], weight, 1e-5, self.partial[:rows])
-            apart = time_of(partial(super().sum_add_norm, *tensors))
-            together = time_of(partial(self._fused, *tensors))
+            apart = time_of(partial(super().sum_add_norm, *tensors, pdl=pdl))
+            together = time_of(partial(self._fused, *tensors, pdl=pdl))
             log.info("all-reduce with norm of %d rows: %.1f us together, %.1f apart", rows, together, apart)
             faster = faster and together < apart
             if faster:
                 fused_rows = rows
         self.partial.zero_()
-        self._fused_rows = self._agree([fused_rows])[0]
-        self.name = f"with norm to {self._fused_rows} rows, else {self.name}"
-        log.info("all-reduce: %s", self.name)
+        return fused_rows
 
     def _fused(
         self,

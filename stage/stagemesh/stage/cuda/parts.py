@@ -21,7 +21,7 @@ from stagemesh.stage.cuda.filtered import FilteredChoice
 from stagemesh.stage.cuda.fused_reduce import FusedReducer, load_module
 from stagemesh.stage.cuda.links import DeviceLinks, NcclLinks
 from stagemesh.stage.cuda.model import DeviceLlama
-from stagemesh.stage.cuda.reduce import Reducer, SharedReducer, time_on_device
+from stagemesh.stage.cuda.reduce import Reducer, SharedReducer, time_in_graph
 from stagemesh.stage.cuda.scratch import plan_scratch
 from stagemesh.stage.cuda.workspace import workspace_bytes
 from stagemesh.stage.engine.torch_engine import DTYPES
@@ -82,7 +82,8 @@ def make_cuda_engine(
         max_slots=plan.max_slots,
         max_blocks=-(-plan.max_context // config.block_size),
     )
-    reducer = _reducer(group, config, model.hidden_size, dtype, where)
+    pdl = config.pdl and has_pdl(where)
+    reducer = _reducer(group, config, model.hidden_size, dtype, where, pdl)
     samples = max(max_rows, 1) if last else 0
     scratch = plan_scratch(
         deal,
@@ -103,7 +104,6 @@ def make_cuda_engine(
         device=where,
         partial=reducer.partial if isinstance(reducer, SharedReducer) else None,
     )
-    pdl = config.pdl and has_pdl(where)
     attention, reason = make_attention(
         cache, shape, buffers.workspace, group, max_rows=max_rows, max_tokens=config.max_step_tokens, pdl=pdl
     )
@@ -154,7 +154,12 @@ def make_cuda_engine(
 
 
 def _reducer(
-    group: RankGroup, config: StageConfig, hidden: int, dtype: torch.dtype, device: torch.device
+    group: RankGroup,
+    config: StageConfig,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pdl: bool,
 ) -> Reducer:
     if group.size == 1 or not config.symmetric_memory:
         return Reducer(group)
@@ -171,7 +176,7 @@ def _reducer(
         log.warning("all-reduce: NCCL alone, the ranks cannot share memory: %s", error)
         return Reducer(group)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagemesh"
-    reducer.measure(folder / "all-reduce.json", time_on_device)
+    reducer.measure(folder / "all-reduce.json", time_in_graph, pdl=pdl)
     return reducer
 
 

@@ -2,11 +2,12 @@
 
 torch's symmetric memory lets a rank read the others' buffers over NVLink: the one-shot kernel reads them all
 (least latency), the two-shot one reduces a part and gathers the rest. Which is best at which size is measured
-at start and decided by rank 0 for all (rule 11); NVLink multicast is not used.
+at start, in CUDA graphs as decode steps have them, and decided by rank 0 for all (rule 11); NVLink multicast is not used.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import statistics
@@ -26,10 +27,11 @@ log = logging.getLogger(__name__)
 
 KINDS = ("one_shot", "two_shot", "nccl")
 MEASURED_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
-REPEATS = 20
+WARM_UPS, CALLS, REPLAYS = 3, 20, 11
+"""Of a call that is timed: outside of a graph, in it, and of the graph."""
 
 TimeOf = Callable[[Callable[[], object]], float]
-"""Microseconds that a call takes on the device."""
+"""Microseconds that a call takes on the device, which every rank asks for at the same time."""
 
 
 class Reducer:
@@ -102,32 +104,40 @@ class SharedReducer(Reducer):
                 return kind
         return "nccl"
 
-    def measure(self, cache: Path, time_of: TimeOf) -> None:
+    def measure(self, cache: Path, time_of: TimeOf, *, pdl: bool = False) -> None:
         """Find the crossovers, or take those of an earlier start on this machine.
 
         Args:
             cache: File that keeps them.
-            time_of: Microseconds that a call takes on the device.
+            time_of: `time_in_graph`.
+            pdl: Steps launch kernels before the one ahead of them has ended.
         """
-        key = (
-            f"{torch.cuda.get_device_name()} x{self._group.size} {self.partial.shape[1]} {self.partial.dtype}"
-        )
+        chosen = self._recall(cache, "", len(MEASURED_ROWS), lambda: self._measure(time_of))
+        self._crossovers = []
+        for rows, kind in zip(MEASURED_ROWS, chosen, strict=True):
+            if rows > self._out.shape[0]:
+                break
+            if self._crossovers and self._crossovers[-1][1] == KINDS[kind]:
+                self._crossovers.pop()
+            self._crossovers.append((rows, KINDS[kind]))
+        self.name = ", ".join(f"{kind} to {rows} rows" for rows, kind in self._crossovers) or "nccl"
+        log.info("all-reduce: %s", self.name)
+
+    def _recall(self, cache: Path, what: str, count: int, measure: Callable[[], list[int]]) -> list[int]:
+        """So many numbers of rank 0, on every rank: what the cache has, or what is measured now and kept in it."""
+        shape = f"x{self._group.size} {self.partial.shape[1]} {self.partial.dtype}"
+        # By what was measured: times of calls outside of graphs, which older versions kept, are those of the host.
+        key = f"{torch.cuda.get_device_name()} {shape} in a graph{what}"
         known: dict[str, list[int]] = {}
         if self._group.rank == 0 and cache.exists():
             known = json.loads(cache.read_text())
-        chosen = self._agree(known.get(key, [-1] * len(MEASURED_ROWS)))
+        chosen = self._agree(known.get(key, [-1] * count))
         if chosen[0] < 0:
-            chosen = self._agree(self._measure(time_of))
+            chosen = self._agree(measure())
             if self._group.rank == 0:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 cache.write_text(json.dumps({**known, key: chosen}))
-        self._crossovers = [
-            (rows, KINDS[kind])
-            for rows, kind in zip(MEASURED_ROWS, chosen, strict=True)
-            if rows <= self._out.shape[0] and KINDS[kind] != "nccl"
-        ]
-        self.name = ", ".join(f"{kind} to {rows} rows" for rows, kind in self._crossovers) or "nccl"
-        log.info("all-reduce: %s", self.name)
+        return chosen
 
     def _agree(self, choices: list[int]) -> list[int]:
         """Rank 0's choices, on every rank."""
@@ -158,17 +168,29 @@ class SharedReducer(Reducer):
         return super().sum(part)
 
 
-def time_on_device(call: Callable[[], object]) -> float:
-    """Microseconds of a call, the median over repeats of events around a few of them."""
-    for _ in range(3):
+def time_in_graph(call: Callable[[], object]) -> float:
+    """Microseconds of a call in a CUDA graph, the median over replays.
+
+    Timed one by one, calls of a few microseconds take as long as the host takes to launch them. Every rank of the process
+    group calls this with the same call.
+    """
+    # Once outside of the graph at least: kernels load, and NCCL connects, which a capture does not allow.
+    for _ in range(WARM_UPS):
         call()
-    times: list[float] = []
-    for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(4):
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: NCCL's watchdog may touch the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
             call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / 4)
-    return statistics.median(times)
+    graph.replay()
+    torch.cuda.synchronize()
+    dist.barrier()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    replays = (begin.elapsed_time(end) for begin, end in itertools.pairwise(events))
+    return float(statistics.median(replays)) * 1e3 / CALLS
