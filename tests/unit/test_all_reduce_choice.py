@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from stagemesh.stage.cuda import reduce
 from stagemesh.stage.cuda.fused_reduce import FUSED_ROWS, FusedReducer
 from stagemesh.stage.cuda.reduce import KINDS, MEASURED_ROWS, SharedReducer, time_in_graph

@@ -26,8 +26,6 @@ from stagemesh.stage.weights import load_shard
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import F32, U8, U32, U64, pack
 
-pytest.importorskip("triton")
-
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
