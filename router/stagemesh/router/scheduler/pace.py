@@ -19,8 +19,6 @@ OTHER_LOAD = 2.0
 """So many times the rows, or as few: another load."""
 BURST = 4
 """Prompts at hand that fill so many rounds of the most steps are a burst; it ends when they do not fill one step."""
-BURST_STEPS = 16
-"""A burst is expected to be dealt over so many steps at least."""
 PREFILL_PART = 8
 """One in so many positions of a full step is prefill's, however little time is left for it."""
 CONSTANT_SHARE = 0.1
@@ -262,8 +260,7 @@ class Pace:
         if self.budget.has_target or self._backlog < self._plenty:
             shapes *= (self.num_microbatches / counts)[:, None]
         elif self._chosen_for[1]:
-            at_hand = min(self._backlog / BURST_STEPS, self._limits.step_tokens)
-            shapes[:, 2] = np.maximum(shapes[:, 2], at_hand)
+            shapes[:, 2] = np.maximum(shapes[:, 2], self._limits.step_tokens)
         shapes[:, 0] = 1.0
         shapes[:, 1] = np.maximum(self._num_rows / counts, 1.0)
         shapes[:, 3] = self._context / counts
