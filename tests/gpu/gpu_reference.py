@@ -20,16 +20,20 @@ DEVICE = "cpu" if REHEARSAL else "cuda:0"
 Array = npt.NDArray[np.float32]
 
 
-def make_model(folder: Path, *, layers: int = 3) -> Path:
-    """A random Llama of the width of an 8B model and few layers, saved in bfloat16, in several files."""
+KV_HEADS = 8 if not REHEARSAL else 4
+
+
+def make_model(folder: Path, *, layers: int = 3, kv_heads: int = KV_HEADS) -> Path:
+    """A random Llama of few layers, as wide as an 8B model if it has as many heads; saved in bfloat16, in several files."""
     torch.manual_seed(3)
-    width = 256 if REHEARSAL else 4096
+    num_heads = kv_heads * (4 if not REHEARSAL else 2)
+    head_dim = 128 if not REHEARSAL else 32
     config = LlamaConfig(
-        hidden_size=width,
+        hidden_size=num_heads * head_dim,
         num_hidden_layers=layers,
-        num_attention_heads=width // 128 if not REHEARSAL else 8,
-        num_key_value_heads=8 if not REHEARSAL else 4,
-        head_dim=128 if not REHEARSAL else 32,
+        num_attention_heads=num_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         intermediate_size=14336 if not REHEARSAL else 512,
         vocab_size=VOCAB_SIZE,
         max_position_embeddings=4096,

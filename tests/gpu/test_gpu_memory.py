@@ -68,6 +68,31 @@ def test_preemption_with_few_blocks(model: Path, mesh_of: MeshOf, reference: Ref
 
 
 @pytest.mark.skipif(REHEARSAL, reason="the accounting is that of GPUs")
+def test_top_p_takes_what_is_planned_for_it() -> None:
+    """Of memory, for each logit that is sorted; not half of it either, which would be blocks left empty."""
+    from stagemesh.stage.cuda.filtered import FilteredChoice
+    from stagemesh.stage.group import RankGroup
+    from stagemesh.stage.memory import FILTER_BYTES, FILTERED_ROWS
+
+    vocab_size, device = 128_256, torch.device("cuda")
+    choice = FilteredChoice(RankGroup(0, 1), [range(vocab_size)])
+    logits = torch.randn(FILTERED_ROWS, vocab_size, device=device, dtype=torch.bfloat16)
+    rows = torch.arange(FILTERED_ROWS, device=device)
+    half, none = torch.full(rows.shape, 0.5, device=device), torch.zeros_like(rows)
+
+    def choose() -> None:
+        choice.choose(logits, rows, half, rows, rows, none.int(), half, largest_k=0)
+
+    choose()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    choose()
+    taken = (torch.cuda.max_memory_allocated() - before) / logits.numel()
+    print(f"top-p takes {taken:.1f} bytes a logit")
+    assert FILTER_BYTES / 2 < taken <= FILTER_BYTES
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the accounting is that of GPUs")
 def test_a_model_that_does_not_fit_is_refused_with_a_layout(tmp_path: Path) -> None:
     shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-70b"
     flags = ["--load-format", "dummy", "--device", "cuda", "--memory-share", "0.4"]

@@ -15,7 +15,33 @@ from transformers import AutoModelForCausalLM
 from stagemesh.router.text import load_tokenizer
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time")
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time",
+    "Water boils at 100 degrees Celsius at sea level, and on a mountain",
+    "import os\n\nfor name in os.listdir('.'):\n",
+    "The French Revolution began in 1789 with",
+    "Dear Sir or Madam, I am writing to complain about the train",
+    "Plants turn light, water and carbon dioxide into",
+    "To bake bread you need flour,",
+    "SELECT name, price FROM products WHERE",
+    "The three laws of motion say that",
+    "My grandmother always told me that the sea",
+    "Question: What is the largest planet? Answer:",
+    "A gas expands when it is heated because",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "The train arrived at the empty station, and nobody",
+    "In computer science, a queue is",
+    "She opened the letter with trembling hands. It said:",
+    "The heart pumps blood through",
+    "Moscow is to Russia as Madrid is to",
+    "#include <stdio.h>\n\nint main(void) {\n",
+    "Good evening, and welcome to the news. Today",
+    "The price of copper rose by",
+    "If a triangle has two equal sides, then",
+)
+"""So many, since the errors of a sequence go together: those of its first position reach all the others."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +55,15 @@ def demo() -> Path:
     pytest.skip("the demo model is not here: make model, or STAGEMESH_DEMO_MODEL=FILE")
 
 
-@pytest.mark.parametrize("tps", [(1,), pytest.param((1, 1), marks=pytest.mark.gpus(2))], ids=["1", "2stages"])
+@pytest.mark.parametrize(
+    "tps",
+    [
+        (1,),
+        pytest.param((1, 1), marks=pytest.mark.gpus(2)),
+        pytest.param((2,), marks=pytest.mark.gpus(2)),
+    ],
+    ids=["1", "2stages", "TP2"],
+)
 def test_smollm2(tps: tuple[int, ...], demo: Path, tmp_path: Path) -> None:
     def load(dtype: torch.dtype) -> AutoModelForCausalLM:
         model = AutoModelForCausalLM.from_pretrained(
