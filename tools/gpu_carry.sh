@@ -26,7 +26,7 @@ for archive in ficache.tgz tritoncache.tgz; do
 done
 chmod -R u+w $out
 model=.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
-first=30500000 # bytes: the rest fits a call with the sources, these one with the kit and the caches
+first=34500000 # bytes: the rest fits a call with the sources, these one with the kit and the caches
 if [ -f $model ] && [ "$(stat -c %s $out/model-0/part 2> /dev/null)" != $first ]; then
     mkdir -p $out/model-0 $out/model-1
     gzip --stdout $model > $out/model.gz

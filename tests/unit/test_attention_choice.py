@@ -16,7 +16,7 @@ from stagemesh.stage.cuda.cache import DeviceCache
 from stagemesh.stage.cuda.flashinfer_attention import FlashInferAttention
 from stagemesh.stage.group import RankGroup
 
-SHAPE = HeadShape(num_heads=3, num_kv_heads=1, head_dim=64)
+SHAPE = HeadShape(num_heads=3, num_kv_heads=1, head_dim=64, most_kv_heads=1)
 NVCC = "Ninja build failed. Ninja output:\n/bin/sh: 1: /usr/local/cuda/bin/nvcc: not found\n"
 
 
@@ -35,7 +35,8 @@ class Module:
         if self.problem:
             raise self.problem
         assert args[2] == "a plan"
-        assert args[3].shape == args[10].shape == (1, 3, 64)
+        assert args[3].shape == args[10].shape
+        assert args[3].shape[::2] == (1, 64)
         begins, kv_begins, blocks, last_page = (one.tolist() for one in args[6:10])
         assert (begins, kv_begins, blocks, last_page) == ([0, 1], [0, 1], [0], [1])
         self.masks.append(args[12])
@@ -62,20 +63,22 @@ def install(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
     modules["flashinfer.jit.attention"].gen_batch_prefill_module = lambda *args: spec
 
 
-def make(group: RankGroup | None = None, *, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, str]:
+def make(
+    group: RankGroup | None = None, *, dtype: torch.dtype = torch.bfloat16, shape: HeadShape = SHAPE
+) -> tuple[Any, str]:
     cache = DeviceCache(
         torch.device("cpu"),
         num_layers=1,
         num_blocks=2,
         block_size=4,
-        num_kv_heads=1,
+        num_kv_heads=shape.num_kv_heads,
         head_dim=64,
         dtype=dtype,
         max_slots=1,
         max_blocks=2,
     )
     workspace = torch.zeros(64, dtype=torch.uint8)
-    return make_attention(cache, SHAPE, workspace, group or RankGroup(), max_rows=2, max_tokens=8)
+    return make_attention(cache, shape, workspace, group or RankGroup(), max_rows=2, max_tokens=8)
 
 
 def raising(error: Exception) -> Any:
@@ -92,6 +95,20 @@ def test_flashinfer_is_tried_out_before_it_is_chosen(monkeypatch: pytest.MonkeyP
     assert isinstance(attention, FlashInferAttention)
     assert reason == ""
     assert sorted(module.masks) == [0, 1]  # prefill and decode
+
+
+def test_ranks_with_unequal_heads_capture_the_same_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture sums over the ranks: one more of them on one rank, and it waits for the other for good."""
+    install(monkeypatch, Module)
+
+    def variants(kv_heads: int) -> list[tuple[bool, ...]]:
+        shape = HeadShape(num_heads=4 * kv_heads, num_kv_heads=kv_heads, head_dim=64, most_kv_heads=5)
+        attention, _ = make(shape=shape)
+        return [attention.variants(bucket) for bucket in range(1, 200)]
+
+    assert variants(5) == variants(4)
+    # As many rows as the rank with five heads cuts contexts into pieces: two to each of 132 multiprocessors.
+    assert variants(5).index((False,)) == 264 // 5
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,12 @@ def cuda_engine(
     weights = load_shard(
         source, layers, deals[0], dtype=torch.float32, has_embedding=first, has_head=last, dummy=True
     )
-    shape = HeadShape(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    shape = HeadShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        most_kv_heads=config.num_kv_heads,
+    )
     cache = DeviceCache(
         device.torch_device,
         num_layers=len(layers),

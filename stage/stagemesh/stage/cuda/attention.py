@@ -24,6 +24,8 @@ class HeadShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    most_kv_heads: int
+    """Of a rank of the stage: which graphs there are follows from it, since every capture has the ranks' sums in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class DeviceAttention(ABC):
         self.shape = shape
 
     def variants(self, bucket: int) -> tuple[bool, ...]:
-        """Of the decode graph of that size: whether contexts are split in it."""
+        """Of the decode graph of that size: whether contexts are split in it. The same on every rank."""
         return (False,)
 
     def variant(self, rows: RowPlan, bucket: int) -> bool:

@@ -70,7 +70,7 @@ class FlashInferAttention(DeviceAttention):
         self._scale = shape.head_dim**-0.5
         self._pdl = pdl
         self._most_splits = most_splits(
-            shape.num_kv_heads, torch.cuda.get_device_properties(device).multi_processor_count
+            shape.most_kv_heads, torch.cuda.get_device_properties(device).multi_processor_count
         )
         self._float_workspace = workspace
         self._decode_workspace = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)

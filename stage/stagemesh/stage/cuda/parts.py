@@ -69,7 +69,12 @@ def make_cuda_engine(
     device.synchronize()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}
     read = time.perf_counter()
-    shape = HeadShape(num_heads=len(deal.heads), num_kv_heads=len(deal.kv_heads), head_dim=model.head_dim)
+    shape = HeadShape(
+        num_heads=len(deal.heads),
+        num_kv_heads=len(deal.kv_heads),
+        head_dim=model.head_dim,
+        most_kv_heads=max(len(other.kv_heads) for other in plan.deals),
+    )
     max_rows = min(config.max_graph_rows, config.max_step_tokens)
     cache = DeviceCache(
         where,
