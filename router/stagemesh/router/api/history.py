@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
 from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.stage_link import StageLink
 from stagemesh.router.lane.step_records import StepRecords
-from stagemesh.router.lane.timings import BUSY, COLUMNS, Int64
+from stagemesh.router.lane.timings import BUSY, COLUMNS, STEPS_KEPT, Int64
 from stagemesh.router.tracing.tracing import RouterTracing
 from stagemesh.v1 import admin_pb2
 
@@ -22,7 +23,33 @@ SETTLE_S = 1.0
 MAX_SETTLE_S = 5.0
 """What the stages have not reported by then is missing in its trace."""
 POLL_S = 0.02
+SWEEP_S = 2.0
+SAFE_STEPS = STEPS_KEPT * 3 // 8
+"""A request whose first step is so old when it ends is not left for later: one behind it, as old by then as this, is found
+before the first of its steps is forgotten."""
 _MS = 1e6
+
+
+class Outline(NamedTuple):
+    """What a request's trace is worked out from, beside the stages' times."""
+
+    told: bytes
+    """The trace without stages, serialized: many small objects that stay would hold the memory of those around them."""
+    prefill_steps: Int64
+    """Numbers of the steps that computed its prompt, ascending; none if it was refused."""
+    sampled_steps: Int64
+    """Of those that sampled for it."""
+
+    @property
+    def first_step(self) -> int:
+        """0 if it had none."""
+        return int(self.prefill_steps[0]) if len(self.prefill_steps) else 0
+
+    @property
+    def decode_steps(self) -> Int64:
+        """Those that sampled for it and computed nothing of its prompt."""
+        decodes: Int64 = self.sampled_steps[~np.isin(self.sampled_steps, self.prefill_steps)]
+        return decodes
 
 
 class RequestHistory:
@@ -42,18 +69,22 @@ class RequestHistory:
         self._tracing = tracing
         if tracing:
             tracing.requests.stages = stages
-        self._kept: OrderedDict[str, LiveRequest | bytes] = OrderedDict()
-        """Of a settled one, its trace serialized: many small objects that stay would hold the memory of those
-        around them."""
+        self._kept: OrderedDict[str, LiveRequest | Outline | bytes] = OrderedDict()
+        """Of a settled one its outline, or its trace serialized."""
+        self._unread: OrderedDict[str, Outline] = OrderedDict()
+        """Those of the kept whose times are still to be read, as they settled: when somebody asks, or when the stages are about
+        to forget them. Most are gone before that."""
         self._unsettled: deque[tuple[float, LiveRequest]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, live: LiveRequest) -> None:
         """Keep a request from its admission on."""
-        self._kept.pop(live.request.request_id, None)
-        self._kept[live.request.request_id] = live
+        request_id = live.request.request_id
+        self._kept.pop(request_id, None)
+        self._unread.pop(request_id, None)
+        self._kept[request_id] = live
         while len(self._kept) > REQUESTS_KEPT:
-            self._kept.popitem(last=False)
+            self._unread.pop(self._kept.popitem(last=False)[0], None)
 
     def end(self, live: LiveRequest) -> None:
         """The request has ended; its trace is worked out when the stages have reported its last steps."""
@@ -71,30 +102,45 @@ class RequestHistory:
                 self._settle(live)
             else:
                 self._unsettled.append((now + SETTLE_S, live))
-        if self._unsettled:
-            pause_s = self._unsettled[0][0] - now
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._settle_due)
+        self._read_old()
+        if self._unsettled or self._unread:
+            pause_s = self._unsettled[0][0] - now if self._unsettled else SWEEP_S
+            self._timer = asyncio.get_running_loop().call_later(min(pause_s, SWEEP_S), self._settle_due)
 
     def _is_reported(self, live: LiveRequest) -> bool:
         """Whether every stage has said where the time of its last step went."""
         if live.sequence is None:
             return True
-        last = max((*live.sequence.prefill_steps[-1:], *live.sequence.decode_steps[-1:]), default=0)
-        return all(stage.timings.has(last) for stage in self._stages)
+        return all(stage.timings.has(live.sequence.last_step) for stage in self._stages)
 
     def _settle(self, live: LiveRequest) -> None:
-        """Work out its times while the stages' are still kept, and let go of the rest."""
-        request_id = live.request.request_id
-        steps = _steps_of(live)
-        if self._tracing and live.request.trace and steps:
-            self._tracing.requests.add(live, *steps)
+        """Keep what its trace follows from, and let go of the rest."""
+        request_id, outline = live.request.request_id, _outline(live)
+        if self._tracing and live.request.trace and live.sequence:
+            self._tracing.requests.add(live, outline.prefill_steps, outline.decode_steps)
         if self._kept.get(request_id) is live:
-            self._kept[request_id] = self._trace(live, steps).SerializeToString()
+            self._kept[request_id] = self._unread[request_id] = outline
+            if outline.first_step <= self._records.newest - SAFE_STEPS:
+                self._read(request_id)
+
+    def _read(self, request_id: str) -> None:
+        """Work out a settled one's trace while the stages' times are still kept."""
+        self._kept[request_id] = self._trace(self._unread.pop(request_id)).SerializeToString()
+
+    def _read_old(self) -> None:
+        """Those whose first steps' times will be forgotten."""
+        while self._unread:
+            request_id, outline = next(iter(self._unread.items()))
+            if outline.first_step > self._records.newest - SAFE_STEPS:
+                break
+            self._read(request_id)
 
     def settle_all(self) -> None:
         """What the stages have reported is about to be forgotten: what has ended makes do with what is there."""
         while self._unsettled:
             self._settle(self._unsettled.popleft()[1])
+        for request_id in tuple(self._unread):
+            self._read(request_id)
         if self._tracing:
             self._tracing.requests.close_lane()
 
@@ -112,28 +158,14 @@ class RequestHistory:
         kept = self._kept.get(request_id)
         if isinstance(kept, bytes):
             return admin_pb2.GetRequestTraceResponse.FromString(kept)
-        return self._trace(kept, _steps_of(kept)) if kept else None
+        return self._trace(_outline(kept) if isinstance(kept, LiveRequest) else kept) if kept else None
 
-    def _trace(
-        self, live: LiveRequest, steps: tuple[Int64, Int64] | None
-    ) -> admin_pb2.GetRequestTraceResponse:
-        sequence = live.sequence
-        response = admin_pb2.GetRequestTraceResponse(
-            request_id=live.request.request_id,
-            state="failed" if live.error else live.finish.value if live.finish else "running",
-            prompt_tokens=len(live.request.prompt),
-            output_tokens=sequence.num_generated if sequence else 0,
-            stages=self._traces(*steps) if steps else [],
-            trace_id=live.request.trace[:16].hex(),
-        )
+    def _trace(self, outline: Outline) -> admin_pb2.GetRequestTraceResponse:
+        response = admin_pb2.GetRequestTraceResponse.FromString(outline.told)
+        if outline.first_step:
+            response.stages.extend(self._traces(outline.prefill_steps, outline.decode_steps))
         if response.stages:
             response.limiting_stage = max(response.stages, key=_busy_ms).stage_index
-        if live.first_token:
-            response.ttft_ms = (live.first_token - live.arrived) * 1e3
-        if live.admitted:
-            response.queue_ms = (live.admitted - live.arrived) * 1e3
-        if live.ended:
-            response.total_ms = (live.ended - live.arrived) * 1e3
         return response
 
     def _traces(self, prefill: Int64, decode: Int64) -> list[admin_pb2.StageTrace]:
@@ -154,10 +186,26 @@ class RequestHistory:
         return phase
 
 
-def _steps_of(live: LiveRequest) -> tuple[Int64, Int64] | None:
-    """Numbers of the steps that computed its prompt, and of those that decoded it; None if it was refused."""
+def _outline(live: LiveRequest) -> Outline:
     sequence = live.sequence
-    return (np.array(sequence.prefill_steps, np.int64), sequence.decode_steps) if sequence else None
+    told = admin_pb2.GetRequestTraceResponse(
+        request_id=live.request.request_id,
+        state="failed" if live.error else live.finish.value if live.finish else "running",
+        prompt_tokens=len(live.request.prompt),
+        output_tokens=sequence.num_generated if sequence else 0,
+        trace_id=live.request.trace[:16].hex(),
+    )
+    if live.first_token:
+        told.ttft_ms = (live.first_token - live.arrived) * 1e3
+    if live.admitted:
+        told.queue_ms = (live.admitted - live.arrived) * 1e3
+    if live.ended:
+        told.total_ms = (live.ended - live.arrived) * 1e3
+    return Outline(
+        told.SerializeToString(),
+        np.array(sequence.prefill_steps if sequence else (), np.int64),
+        sequence.sampled_steps if sequence else np.zeros(0, np.int64),
+    )
 
 
 def _phase(times_ns: Int64) -> admin_pb2.PhaseTrace:

@@ -24,18 +24,21 @@ class StepRecords:
         self._columns = np.zeros((STEPS_KEPT, len(COLUMNS)), np.int64)
         self._active = ActiveTime()
         self._active_ns = StepSums(STEPS_KEPT)
+        self.newest = 0
+        """Number of the last step that was sent; 0 if none was."""
 
     def clear(self) -> None:
         """A new epoch counts from 1 again."""
         self._numbers[:] = 0
         self._active = ActiveTime()
         self._active_ns.clear()
+        self.newest = 0
 
     def sent(self, step: Step, sent_ns: int) -> None:
         """A step goes to the stages."""
         where = step.number % STEPS_KEPT
         tokens = step.num_tokens
-        self._numbers[where] = step.number
+        self._numbers[where] = self.newest = step.number
         self._columns[where] = (sent_ns, 0, len(step.slots), tokens, tokens - step.num_decodes)
 
     def done(self, number: int, done_ns: int) -> None:

@@ -66,11 +66,16 @@ class Sequence:
         return sum(len(tokens) for tokens, _ in self._parts())
 
     @property
-    def decode_steps(self) -> Int64:
-        """Numbers of the steps that decoded it, for its trace: those whose token has come back."""
-        steps = np.concatenate([np.zeros(0, np.int64), *(steps for _, steps in self._parts())])
-        decodes: Int64 = steps[~np.isin(steps, self.prefill_steps)]
-        return decodes
+    def sampled_steps(self) -> Int64:
+        """Numbers of the steps whose token has come back, for its trace: those that decoded it, and of those that computed
+        its prompt the last."""
+        return np.concatenate([np.zeros(0, np.int64), *(steps for _, steps in self._parts())])
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last step that computed it and is known to the router; 0 if none is."""
+        sampled = next((int(steps[-1]) for _, steps in reversed(self._parts()) if len(steps)), 0)
+        return max(sampled, *self.prefill_steps[-1:], 0)
 
     def _parts(self) -> list[tuple[Tokens, Int64]]:
         return [*self.chunks, self.buffer()] if self.buffer else self.chunks
