@@ -1,7 +1,7 @@
 """Spans on their way to the OTLP receiver: gathered and sent by a thread of its own.
 
 Whatever the receiver does, the process that makes the spans does not wait: sources keep a bounded number, and what
-does not fit is dropped and counted.
+does not fit is dropped and counted. So is what a bug in an export loses.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SpanExporter:
     def flush(self) -> None:
         """Send what there is now, in this thread."""
         with self._lock:
-            chunks = [chunk for source in self._sources for chunk in source()]
+            chunks = [chunk for source in self._sources for chunk in self._gather(source)]
             # An export costs a millisecond of CPU however little is in it.
             for data, count in merge(chunks, self.settings.max_batch):
                 self._send(data, count)
@@ -90,12 +90,28 @@ class SpanExporter:
                 # The thread must live: a bug in one batch may not end tracing, let alone serving.
                 log.exception("spans could not be exported")
 
+    def _gather(self, source: Source) -> list[Chunk]:
+        try:
+            return source()
+        except Exception:
+            # What it had taken is lost, and how many spans would have come of it is unknown: the counter must move, for
+            # that is what alerts look at. The spans of other sources are sent.
+            self.num_dropped += 1
+            log.exception("spans could not be made")
+            return []
+
     def _send(self, data: bytes, count: int) -> None:
         # Fields of a message may stand in any order and piece by piece, so the spans need no second encoding.
         scope_spans = _head(2, len(self._scope) + len(data))
         inner = len(self._resource) + len(scope_spans) + len(self._scope) + len(data)
         request = b"".join((_head(1, inner), self._resource, scope_spans, self._scope, data))
-        if self._sender.send(request):
+        taken = False
+        try:
+            taken = self._sender.send(request)
+        except Exception:
+            # A bug, not a refusal: those the sender answers for. The batches behind this one are sent all the same.
+            log.exception("%d spans could not be exported", count)
+        if taken:
             self.num_exported += count
         else:
             self.num_dropped += count

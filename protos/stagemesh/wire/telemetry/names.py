@@ -234,7 +234,7 @@ class RouterMetric:
         "1",
     )
     SPANS_DROPPED = _counter(
-        "stagemesh.spans.dropped", "Spans lost because the OTLP receiver did not take them."
+        "stagemesh.spans.dropped", "Spans lost: the OTLP receiver did not take them, or their export failed."
     )
 
 
@@ -266,7 +266,7 @@ class StageMetric:
     )
     BLOCKS = _gauge("stagemesh.stage.kv.blocks", "KV blocks this stage has room for.", "{block}")
     SPANS_DROPPED = _counter(
-        "stagemesh.spans.dropped", "Spans lost because the OTLP receiver did not take them."
+        "stagemesh.spans.dropped", "Spans lost: the OTLP receiver did not take them, or their export failed."
     )
 
 

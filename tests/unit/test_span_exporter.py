@@ -1,0 +1,86 @@
+"""Spans that are lost on their way to the receiver are counted, whoever is to blame."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span
+
+from stagemesh.wire.telemetry import exporter as exporter_module
+from stagemesh.wire.telemetry.buffer import Chunk
+from stagemesh.wire.telemetry.exporter import SpanExporter
+from stagemesh.wire.telemetry.settings import TraceSettings
+
+
+class Sender:
+    """Takes a request, refuses it, or has a bug: as `outcomes` say, one after the other."""
+
+    def __init__(self, outcomes: list[bool | Exception]) -> None:
+        self._outcomes = outcomes
+        self.names: list[str] = []
+
+    def send(self, request: bytes) -> bool:
+        outcome = self._outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome:
+            for of_resource in ExportTraceServiceRequest.FromString(request).resource_spans:
+                self.names += [span.name for scope in of_resource.scope_spans for span in scope.spans]
+        return outcome
+
+    def shutdown(self) -> None:
+        """Nothing is under way."""
+
+
+@pytest.fixture
+def sender(monkeypatch: pytest.MonkeyPatch) -> Sender:
+    sender = Sender([])
+    monkeypatch.setattr(exporter_module, "make_sender", lambda protocol: sender)
+    return sender
+
+
+@pytest.fixture
+def exporter(sender: Sender) -> Iterator[SpanExporter]:
+    """Exports when a test says so; a batch is a chunk."""
+    exporter = SpanExporter(TraceSettings(endpoint="x:1", delay_s=3600.0, max_batch=2), {})
+    yield exporter
+    exporter._sources.clear()
+    exporter.close()
+
+
+def chunk(name: str, count: int = 2) -> Chunk:
+    return ScopeSpans(spans=[Span(name=name)] * count).SerializeToString(), count
+
+
+def test_spans_lost_by_a_bug_in_an_export_are_dropped_ones(
+    exporter: SpanExporter, sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The batches behind the one that failed are sent."""
+    exporter.register(lambda: [chunk("first"), chunk("second"), chunk("third"), chunk("fourth", 1)])
+    sender._outcomes += [True, RuntimeError("a bug"), False, True]
+    with caplog.at_level(logging.ERROR):
+        exporter.flush()
+    assert sender.names == ["first", "first", "fourth"]
+    assert (exporter.num_exported, exporter.num_dropped) == (3, 4)
+    assert "2 spans could not be exported" in caplog.text
+    assert "a bug" in caplog.text
+
+
+def test_a_source_with_a_bug_moves_the_counter_and_keeps_nobody_elses_spans(
+    exporter: SpanExporter, sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> list[Chunk]:
+        raise RuntimeError("no spans of these")
+
+    exporter.register(lambda: [chunk("before", 1)])
+    exporter.register(broken)
+    exporter.register(lambda: [chunk("behind", 1)])
+    sender._outcomes += [True]
+    with caplog.at_level(logging.ERROR):
+        exporter.flush()
+    assert sender.names == ["before", "behind"]
+    assert (exporter.num_exported, exporter.num_dropped) == (2, 1)
+    assert "no spans of these" in caplog.text
