@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,14 +95,14 @@ def otlp_grpc_receiver() -> Iterator[tuple[str, Spans]]:
 
 
 @contextmanager
-def otlp_http_receiver() -> Iterator[tuple[str, Spans]]:
-    """The same over HTTP."""
+def otlp_http_receiver(headers: Mapping[str, str] | None = None) -> Iterator[tuple[str, Spans]]:
+    """The same over HTTP, for senders that bring these headers."""
     spans = Spans()
 
     def take(body: bytes) -> None:
         spans.take(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
 
-    with http_server("/v1/traces", take) as address:
+    with http_server("/v1/traces", take, headers) as address:
         yield address, spans
 
 

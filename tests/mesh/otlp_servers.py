@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,15 +26,19 @@ def grpc_server(add_servicer: Callable[[grpc.Server], None]) -> Iterator[str]:
 
 
 @contextmanager
-def http_server(path: str, take: Callable[[bytes], None]) -> Iterator[str]:
-    """The same for what is posted to the path."""
+def http_server(
+    path: str, take: Callable[[bytes], None], headers: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The same for what is posted to the path; what comes without these headers is refused."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             assert self.path == path
-            take(body)
-            self.send_response(200)
+            known = all(self.headers[key] == value for key, value in (headers or {}).items())
+            if known:
+                take(body)
+            self.send_response(200 if known else 401)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

@@ -377,6 +377,44 @@ def test_over_http_with_a_span_for_each_step_and_a_wrong_receiver_at_a_stage(
             mesh.close()
 
 
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("OTEL_EXPORTER_OTLP_ENDPOINT", ""), ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "/v1/traces")],
+)
+def test_router_and_stages_send_one_trace_over_http(
+    sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str
+) -> None:
+    """With the headers of the variables, to the signal's own address where there is one."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-tenant=mesh")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    with otlp_http_receiver({"x-tenant": "mesh"}) as (endpoint, spans):
+        monkeypatch.setenv(key, endpoint + path)
+        mesh = RunningMesh(tmp_path, sim_model, (1, 1), stage_flags=SIM)
+        try:
+            mesh.wait_ready()
+            answer = generate(mesh, make_prompt(9), 6)
+            (server,) = wait_for(
+                lambda: [
+                    s
+                    for s in spans.all
+                    if s.kind == 2 and s.attributes.get(Attribute.RESPONSE_ID) == answer.request_id
+                ],
+                "the router's span",
+            )
+            roots = wait_for(lambda: r if len(r := steps_of(spans, server)) == 6 else None, "six steps")
+            for root in roots:
+                stages = wait_for(
+                    lambda r=root: s if len(s := spans.children(r)) == 2 else None, "two stages"
+                )
+                assert {s.service for s in stages} == {"stagemesh-stage-0", "stagemesh-stage-1"}
+                assert {s.trace_id for s in stages} == {root.trace_id}
+            assert root.service == server.service == "stagemesh-router"
+        finally:
+            mesh.close()
+
+
 def test_a_mesh_that_exports_nowhere_serves(
     sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

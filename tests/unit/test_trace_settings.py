@@ -67,6 +67,9 @@ def test_the_variables_are_read() -> None:
         ("OTEL_RESOURCE_ATTRIBUTES", "deployment"),
         ("OTEL_SDK_DISABLED", "perhaps"),
         ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "inf"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "inf"),
+        ("OTEL_TRACES_SAMPLER_ARG", "nan"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(key: str, value: str) -> None:

@@ -54,7 +54,7 @@ class Variables:
             value = float(text) if text else default
         except ValueError:
             raise ConfigError(f"{key}: '{text}' is not a number") from None
-        if not low <= value <= high:
+        if not low <= value <= high or value == float("inf"):
             upper = f" to {high:g}" if high < float("inf") else " or more"
             raise ConfigError(f"{key}: {text} is out of range; expected {low:g}{upper}")
         return value
