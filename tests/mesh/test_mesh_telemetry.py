@@ -436,10 +436,19 @@ def test_a_mesh_that_exports_nowhere_serves(
         mesh.close()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": ""},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"},
+    ],
+    ids=["no receiver", "disabled"],
+)
 def test_nothing_of_opentelemetry_is_loaded_where_tracing_is_off(
-    sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sim_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     flags = ("--api-workers", "1")
     mesh = RunningMesh(tmp_path, sim_model, (1, 1), stage_flags=SIM, router_flags=flags)
@@ -460,6 +469,7 @@ def test_nothing_of_opentelemetry_is_loaded_where_tracing_is_off(
     ("variables", "flags", "key"),
     [
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "nonsense"}, (), "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        ({"OTEL_TRACES_SAMPLER_ARG": "abc"}, (), "OTEL_TRACES_SAMPLER_ARG"),
         ({"OTEL_METRICS_EXPORTER": "console"}, (), "OTEL_METRICS_EXPORTER"),
         ({}, ("--metrics", "nonsense"), "--metrics"),
         ({}, ("--metrics", "0.0.0.0:0"), "--metrics"),

@@ -1,6 +1,7 @@
 """What the OTEL_* variables say of traces, checked at the start of a process.
 
-Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them.
+Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them; but
+the one over HTTP takes its default for a timeout or a compression it cannot use, so these are checked here.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class TraceSettings:
         sampler = value.choice("OTEL_TRACES_SAMPLER", SAMPLERS, cls.sampler)
         ratio = value.number("OTEL_TRACES_SAMPLER_ARG", cls.ratio, low=0, high=1)
         value.resource()
+        for key in ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"):
+            value.choice(key, ("none", "gzip", "deflate"), "none")
+        value.number("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", cls.export_timeout_s, low=0.001)
         settings = cls(
             endpoint=endpoint,
             protocol=protocol,
