@@ -1,7 +1,7 @@
 """What the OTEL_* variables say of traces, checked at the start of a process.
 
 Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them; but
-the one over HTTP takes its default for a timeout or a compression it cannot use, so these are checked here.
+the one over HTTP takes its default for a timeout or a compression it cannot use, and both leave out headers, so these are checked here.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class TraceSettings:
         value.resource()
         for key in ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"):
             value.choice(key, ("none", "gzip", "deflate"), "none")
+        for key in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"):
+            value.headers(key)
         value.number("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", cls.export_timeout_s, low=0.001)
         settings = cls(
             endpoint=endpoint,

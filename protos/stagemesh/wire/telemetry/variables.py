@@ -59,6 +59,13 @@ class Variables:
             raise ConfigError(f"{key}: {text} is out of range; expected {low:g}{upper}")
         return value
 
+    def headers(self, key: str) -> None:
+        """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and the receiver refuses the rest."""
+        for entry in filter(None, (part.strip() for part in self.text(key).split(","))):
+            if not entry.partition("=")[0].strip() or "=" not in entry:
+                # The values are secrets as a rule, so the message shows none.
+                raise ConfigError(f"{key}: an entry is not of the form NAME=VALUE")
+
     def protocol(self, signal: str) -> str:
         """grpc or http/protobuf, of a signal's own variable or the one for all of them."""
         return self.first_choice(
