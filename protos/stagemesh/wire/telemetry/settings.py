@@ -1,7 +1,8 @@
 """What the OTEL_* variables say of traces, checked at the start of a process.
 
 Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them; but
-the one over HTTP takes its default for a timeout or a compression it cannot use, and both leave out headers, so these are checked here.
+the one over HTTP takes its default for a timeout or a compression it cannot use, and both
+leave out headers, so these are checked here.
 """
 
 from __future__ import annotations
