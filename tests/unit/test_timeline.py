@@ -61,6 +61,35 @@ def test_it_is_a_chrome_trace_that_nests() -> None:
     assert "right within 20.0 µs" in trace["otherData"]["stage 1 clock"]
 
 
+def test_a_reader_that_cuts_off_after_the_nanosecond_gets_every_time_back() -> None:
+    """As Perfetto does: microseconds times a thousand, without what is behind the point."""
+    lengths = [(7919 * number) % 99_991 for number in range(2_000)]
+    begins = [BEGIN + sum(lengths[:number]) for number in range(len(lengths))]
+    zeros, receive = [0] * len(lengths), [length // 3 for length in lengths]
+    compute = [length - part for length, part in zip(lengths, receive, strict=True)]
+    response = pb.GetTimelineResponse(lane_id="lane-0")
+    response.stages.add(
+        numbers=pack(range(1, len(lengths) + 1), U64),
+        arrival_unix_ns=pack(begins, U64),
+        queue_ns=pack(zeros, U64),
+        wait_ns=pack(zeros, U64),
+        receive_ns=pack(receive, U64),
+        compute_ns=pack(compute, U64),
+        send_ns=pack(zeros, U64),
+    )
+    events = json.loads(json.dumps(chrome_trace(response)))["traceEvents"]
+    found = [
+        (e["name"], int(e["ts"] * 1e3), int(e["dur"] * 1e3))
+        for e in events
+        if e["ph"] == "X" and e["name"] in ("step", "compute")
+    ]
+    expected = []
+    for begin, length, part in zip(begins, lengths, receive, strict=True):
+        at = begin - BEGIN
+        expected += [("step", at, length), ("compute", at + part, length - part)]
+    assert found == expected
+
+
 def test_arrows_follow_a_step_and_the_router_shows_what_was_answered() -> None:
     events = chrome_trace(timeline())["traceEvents"]
     flows = [(e["ph"], e["id"], e["pid"]) for e in events if e["ph"] in "stf" and e.get("cat") == "step"]

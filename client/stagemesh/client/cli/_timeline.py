@@ -7,6 +7,7 @@ from stage to stage.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -65,8 +66,8 @@ def _router_events(
         if done:
             # Several are in flight at once: asynchronous events, each on a line of its own.
             common = {"cat": "step", "id": number, "pid": 0, "tid": 0, "name": name}
-            events.append({**common, "ph": "b", "ts": _us(sent, origin), "args": arguments})
-            events.append({**common, "ph": "e", "ts": _us(done, origin)})
+            events.append({**common, "ph": "b", "ts": _us(sent - origin), "args": arguments})
+            events.append({**common, "ph": "e", "ts": _us(done - origin)})
     return events
 
 
@@ -84,8 +85,8 @@ def _stage_events(
         begin = arrival + queue + wait
 
         def slice_(what: str, at: int, length: int, tid: int = _STEPS, **more: Any) -> Event:
-            ts = _us(at, origin)
-            return {"ph": "X", "name": what, "pid": pid, "tid": tid, "ts": ts, "dur": length / 1e3, **more}
+            ts, dur = _us(at - origin), _us(length)
+            return {"ph": "X", "name": what, "pid": pid, "tid": tid, "ts": ts, "dur": dur, **more}
 
         events.append(slice_(name, begin, receive + compute + send, args=arguments))
         for what, at, length in (
@@ -98,9 +99,9 @@ def _stage_events(
             events.append(slice_("wait for upstream", begin - wait, wait, _WAITS, args={"step": number}))
         flow = {"cat": "step", "name": "step", "id": number, "pid": pid, "tid": _STEPS}
         if stage.stage_index:
-            events.append({**flow, "ph": "t" if not last else "f", "bp": "e", "ts": _us(begin, origin)})
+            events.append({**flow, "ph": "t" if not last else "f", "bp": "e", "ts": _us(begin - origin)})
         else:
-            events.append({**flow, "ph": "s", "ts": _us(begin, origin)})
+            events.append({**flow, "ph": "s", "ts": _us(begin - origin)})
     return events
 
 
@@ -114,8 +115,11 @@ def _names(pid: int, name: str, tracks: dict[int, str]) -> list[Event]:
     return events
 
 
-def _us(unix_ns: int, origin: int) -> float:
-    return (unix_ns - origin) / 1e3
+def _us(ns: int) -> float:
+    """Microseconds from which a reader that cuts off after the nanosecond, as Perfetto does, gets back what it was: slices
+    that overlap by one would not nest."""
+    us = ns / 1e3
+    return us if int(us * 1e3) == ns else math.nextafter(us, math.copysign(math.inf, us))
 
 
 def _u64(column: bytes) -> Sequence[int]:
