@@ -105,6 +105,67 @@ def test_every_metric_is_on_the_dashboard_and_every_alert_names_one() -> None:
         assert used or "up{" in rule["expr"]
 
 
+def test_every_file_that_a_service_mounts_is_there() -> None:
+    """But the model, which `make model` brings."""
+    for file in FILES:
+        for name, service in read(file)["services"].items():
+            for volume in service.get("volumes", []):
+                source = volume.partition(":")[0]
+                if source.startswith("."):
+                    assert (COMPOSE / source).exists(), (file.name, name)
+            if "extends" in service:
+                base = service["extends"]
+                assert base["service"] in read(COMPOSE / base.get("file", file.name))["services"], (
+                    file.name,
+                    name,
+                )
+
+
+def endpoint(address: str, seen_from: str) -> tuple[str, int]:
+    """The service behind HOST:PORT, which must share a network with that one."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    services = read(COMPOSE / "compose.yaml")["services"]
+    networks = {name: set(service["networks"]) for name, service in services.items()}
+    aliases = {
+        alias: name
+        for name, service in services.items()
+        if isinstance(service["networks"], dict)
+        for network in service["networks"].values()
+        for alias in network.get("aliases", [])
+    }
+    service = aliases.get(host, host)
+    assert networks[service] & networks[seen_from], f"{seen_from} does not reach {service}"
+    return service, int(port)
+
+
+def test_the_screens_ask_where_something_answers() -> None:
+    services, screens = read(COMPOSE / "compose.yaml")["services"], COMPOSE / "observability"
+    told = {
+        name: services[name]["environment"]["STAGEMESH_METRICS"]
+        for name in ("router", "stage-0", "stage-1", "stage-2")
+    }
+    jobs = read(screens / "prometheus.yml")["scrape_configs"]
+    asked = [target for job in jobs for one in job["static_configs"] for target in one["targets"]]
+    assert {endpoint(target, "prometheus") for target in asked} == {
+        (name, int(address.rpartition(":")[2])) for name, address in told.items()
+    }
+    ports = {"prometheus": 9090, "jaeger": 16686}
+    sources = {one["uid"]: one for one in read(screens / "grafana/datasources.yaml")["datasources"]}
+    for source in sources.values():
+        assert endpoint(source["url"], "grafana") == (source["type"], ports[source["type"]])
+    dashboard = json.loads((screens / "grafana/stagemesh.json").read_text())
+    used = {panel["datasource"]["uid"] for panel in dashboard["panels"] if panel.get("datasource")}
+    assert used <= sources.keys()
+    folder = read(screens / "grafana/dashboards.yaml")["providers"][0]["options"]["path"]
+    assert any(volume.split(":")[1].startswith(folder) for volume in services["grafana"]["volumes"])
+    collector = read(screens / "collector.yaml")
+    jaeger = collector["exporters"]["otlp/jaeger"]["endpoint"]
+    assert endpoint(jaeger, "collector") == ("jaeger", 4317)
+    for pipeline in collector["service"]["pipelines"].values():
+        for part in ("receivers", "processors", "exporters"):
+            assert set(pipeline[part]) <= collector[part].keys()
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_reads_the_units(tmp_path: Path) -> None:
     for unit in (COMPOSE / "systemd").iterdir():
