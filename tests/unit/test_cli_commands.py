@@ -329,6 +329,7 @@ def test_top_shows_stages_and_rates(router: ScriptedRouter, capsys: pytest.Captu
     router.status.lanes[0].stages[0].busy_share = 0.5
     code, out, _ = run("top", "--count", "2", "--admin", router.address, capsys=capsys)
     assert code == 0
+    assert out.endswith("\n"), "what follows in a pipe or a file stands on the last line"
     for part in (
         "running 2",
         "inter-token p50 21.5 · p99 80.2 ms",

@@ -72,6 +72,11 @@ def test_a_subcommand_has_these_flags(name: str) -> None:
     assert flags_of(load_command(name)) == set(FLAGS[name].split())
 
 
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_help_says_has_no_indentation_of_the_source(name: str) -> None:
+    assert "   " not in (load_command(name).help or "")
+
+
 @pytest.mark.parametrize("name", ["stage", "router"])
 def test_every_setting_is_a_flag(name: str) -> None:
     from stagemesh.router.config import RouterConfig

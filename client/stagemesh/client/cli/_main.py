@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -61,7 +62,7 @@ def load_command(name: str) -> Any:
         function: Callable[..., None] = importlib.import_module(f"stagemesh.client.cli.{name}").command()
     except ModuleNotFoundError as error:
         raise missing_extra(error, name) from error
-    function.__doc__ = COMMANDS[name] + "\n\n" + (function.__doc__ or "")
+    function.__doc__ = COMMANDS[name] + "\n\n" + (inspect.getdoc(function) or "")
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(function)
     return typer.main.get_command(single)

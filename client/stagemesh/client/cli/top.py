@@ -41,4 +41,7 @@ def _top(
             live.update(top_view(status, rates), refresh=True)
             before, looks = status, looks + 1
             if looks == count:
-                return
+                break
+    if not console.is_terminal:
+        # Live leaves its last line open there.
+        console.print()

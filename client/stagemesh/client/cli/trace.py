@@ -25,9 +25,10 @@ def _trace(
     admin: shared.AdminOption = DEFAULT_ADMIN_ADDRESS,
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Milliseconds are sums over the steps the request took part in; prefill and decode apart. A step of p50 and p99
-    is receive, compute and send; transfer is receive and send; bubble, the part of the time with a step in flight
-    in which the stage had nothing to do."""
+    """Milliseconds are sums over the steps the request took part in; prefill and decode apart. Where two of them are on
+    a stage at once, one in its queue, they are more than the request took. A step of p50 and p99 is receive, compute and
+    send; transfer is receive and send; bubble, the part of the time with a step in flight in which the stage had
+    nothing to do."""
     show_trace(admin, request_id, as_json)
 
 
