@@ -52,6 +52,7 @@ class MetricSettings:
         explicit = "explicit_bucket_histogram"
         value.choice("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", (explicit,), explicit)
         value.resource()
+        value.transport("METRICS")
         settings = cls(
             endpoint=endpoint or _DEFAULT_ENDPOINTS[protocol],
             protocol=protocol,

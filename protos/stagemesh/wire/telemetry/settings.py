@@ -1,8 +1,7 @@
 """What the OTEL_* variables say of traces, checked at the start of a process.
 
-Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them; but
-the one over HTTP takes its default for a timeout or a compression it cannot use, and both
-leave out headers, so these are checked here.
+Variables that the OTLP exporters read by themselves (headers, timeout, compression, certificates) are left to them, the
+first three checked.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class TraceSettings:
     """Of the traceidratio samplers."""
     delay_s: float = 5.0
     """Between two exports."""
-    export_timeout_s: float = 10.0
     max_queued: int = 1 << 16
     """Spans kept while the receiver does not take them; what comes beyond is dropped and counted."""
     max_batch: int = 1 << 14
@@ -58,18 +56,13 @@ class TraceSettings:
         sampler = value.choice("OTEL_TRACES_SAMPLER", SAMPLERS, cls.sampler)
         ratio = value.number("OTEL_TRACES_SAMPLER_ARG", cls.ratio, low=0, high=1)
         value.resource()
-        for key in ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"):
-            value.choice(key, ("none", "gzip", "deflate"), "none")
-        for key in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"):
-            value.headers(key)
-        value.number("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", cls.export_timeout_s, low=0.001)
+        value.transport("TRACES")
         settings = cls(
             endpoint=endpoint,
             protocol=protocol,
             sampler=sampler,
             ratio=ratio,
             delay_s=value.number("OTEL_BSP_SCHEDULE_DELAY", cls.delay_s * 1e3, low=1) / 1e3,
-            export_timeout_s=value.number("OTEL_EXPORTER_OTLP_TIMEOUT", cls.export_timeout_s, low=0.001),
             max_queued=int(value.number("OTEL_BSP_MAX_QUEUE_SIZE", cls.max_queued, low=1)),
             max_batch=int(value.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", cls.max_batch, low=1)),
             max_links=int(value.number("OTEL_SPAN_LINK_COUNT_LIMIT", cls.max_links, low=1)),

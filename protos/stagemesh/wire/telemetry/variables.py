@@ -10,6 +10,7 @@ from stagemesh.wire.errors import ConfigError
 
 GRPC = "grpc"
 HTTP = "http/protobuf"
+COMPRESSIONS = ("none", "gzip", "deflate")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "no_content", "")
 
 
@@ -59,7 +60,15 @@ class Variables:
             raise ConfigError(f"{key}: {text} is out of range; expected {low:g}{upper}")
         return value
 
-    def headers(self, key: str) -> None:
+    def transport(self, signal: str) -> None:
+        """Check what the OTLP exporters of a signal read by themselves: the one over HTTP takes its default for a timeout or a
+        compression that it cannot use, and both leave out headers."""
+        for prefix in ("OTEL_EXPORTER_OTLP_", f"OTEL_EXPORTER_OTLP_{signal}_"):
+            self.choice(f"{prefix}COMPRESSION", COMPRESSIONS, "none")
+            self.number(f"{prefix}TIMEOUT", 10, low=0.001)
+            self._headers(f"{prefix}HEADERS")
+
+    def _headers(self, key: str) -> None:
         """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and the receiver refuses the rest."""
         for entry in filter(None, (part.strip() for part in self.text(key).split(","))):
             if not entry.partition("=")[0].strip() or "=" not in entry:
