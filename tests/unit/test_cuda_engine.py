@@ -52,8 +52,15 @@ def source(tmp_path: Path) -> Any:
 
 
 def cuda_engine(
-    source: Any, layers: range, device: HostDevice, *, graphs: bool = True, nccl: bool = False
+    source: Any,
+    layers: range,
+    device: HostDevice,
+    *,
+    graphs: bool = True,
+    nccl: bool = False,
+    warm: bool = False,
 ) -> Any:
+    """Without the warm-up unless asked for: in the interpreter it takes most of a test, and nothing is loaded there."""
     from stagemesh.stage.cuda.attention import HeadShape, TritonAttention
     from stagemesh.stage.cuda.buffers import make_buffers
     from stagemesh.stage.cuda.cache import DeviceCache
@@ -120,7 +127,11 @@ def cuda_engine(
             max_samples=TOKENS,
             slot_tokens=cache.slot_tokens,
         )
-    return CudaEngine(
+
+    class Cold(CudaEngine):
+        def _warm_up(self) -> None: ...
+
+    return (CudaEngine if warm else Cold)(
         EngineParts(
             config=config,
             layers=layers,
@@ -291,7 +302,7 @@ def test_it_samples_what_the_torch_engine_samples(source: Any, graphs: bool) -> 
     layers = range(source.config.num_layers)
     device = HostDevice()
     reference = Stage(torch_engine(source, layers))
-    stage = Stage(cuda_engine(source, layers, device, graphs=graphs))
+    stage = Stage(cuda_engine(source, layers, device, graphs=graphs, warm=graphs))
     for step in script():
         expected, got = reference.run(step), stage.run(step)
         assert got.tokens.tolist() == expected.tokens.tolist(), step.number
