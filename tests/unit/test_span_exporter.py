@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -84,3 +85,23 @@ def test_a_source_with_a_bug_moves_the_counter_and_keeps_nobody_elses_spans(
     assert sender.names == ["before", "behind"]
     assert (exporter.num_exported, exporter.num_dropped) == (2, 1)
     assert "no spans of these" in caplog.text
+
+
+def test_a_bug_between_source_and_sender_moves_the_counter_and_the_thread_lives(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(chunks: list[Chunk], most: int) -> list[Chunk]:
+        raise RuntimeError("no batches of these")
+
+    monkeypatch.setattr(exporter_module, "merge", broken)
+    exporter = SpanExporter(TraceSettings(endpoint="x:1", delay_s=0.01), {})
+    exporter.register(lambda: [chunk("lost")])
+    try:
+        deadline = time.monotonic() + 10
+        while exporter.num_dropped < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        exporter.close()
+    assert exporter.num_dropped >= 2
+    assert exporter.num_exported == 0
+    assert "no batches of these" in caplog.text

@@ -87,7 +87,8 @@ class SpanExporter:
             try:
                 self.flush()
             except Exception:
-                # The thread must live: a bug in one batch may not end tracing, let alone serving.
+                # The thread must live: a bug between source and sender may not end tracing, let alone serving. As of a source.
+                self.num_dropped += 1
                 log.exception("spans could not be exported")
 
     def _gather(self, source: Source) -> list[Chunk]:
