@@ -70,10 +70,13 @@ class Service:
         self.process.send_signal(number)
 
     def stop(self) -> int:
-        """Ask it to leave, as an operator does; returns the exit code."""
+        """Ask it to leave, as an operator does; returns the exit code, and prints the log if that is not 0."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
-        return self.process.wait(STOP_TIMEOUT_S)
+        code = self.process.wait(STOP_TIMEOUT_S)
+        if code:
+            print(f"{self.name} ended with {code}:\n{self.log.read_text()}")
+        return code
 
     def kill(self) -> None:
         """For the end of a test: no questions asked."""

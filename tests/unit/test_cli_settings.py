@@ -314,6 +314,49 @@ def test_logs_have_one_format(capsys: pytest.CaptureFixture[str]) -> None:
         root.handlers[:] = handlers
 
 
+LOGS_UNTIL_THE_END = """
+import atexit, time
+atexit.register(time.sleep, 0.1)  # after what `logging` registers
+import io, logging, os, sys, threading
+from stagemesh.wire.logs import StderrHandler, setup_logging
+
+class Slow(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, data):
+        time.sleep(0.2)
+        return os.write(2, data)
+
+def log():
+    while True:
+        logging.getLogger().warning("a line")
+        inside.set()
+
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Slow()), line_buffering=True)
+{handler}
+inside = threading.Event()
+threading.Thread(target=log, daemon=True).start()
+inside.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        pytest.param("setup_logging('info', False, 'stage 1')", id="services"),
+        pytest.param("logging.lastResort = StderrHandler()", id="clients"),
+    ],
+)
+def test_a_thread_that_logs_to_the_end_does_not_abort_the_process(handler: str) -> None:
+    """OpenTelemetry's exporters retry in daemon threads, and say so."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS_UNTIL_THE_END.format(handler=handler)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a line" in done.stderr
+
+
 def test_die_with_parent_ends_an_orphan_at_once() -> None:
     code = "from stagemesh.wire.process import die_with_parent; die_with_parent(1 << 22); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

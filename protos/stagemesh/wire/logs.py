@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import logging
-import sys
 import time
 from datetime import UTC, datetime
 
@@ -42,8 +41,29 @@ class _JsonFormatter(logging.Formatter):
         return jsonlib.dumps(line, ensure_ascii=False)
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Marks the handler as ours, so that a second set-up replaces it and leaves others alone."""
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """To stderr, and nowhere once it is closed, which `logging` does as the process ends.
+
+    A library's daemon thread that is inside a write when the interpreter goes never leaves it, and Python aborts the
+    process because stderr stays locked (_enter_buffered_busy; exit code -6).
+    """
+
+    def __init__(self, level: int = logging.NOTSET) -> None:
+        super().__init__()
+        self.setLevel(level)
+        self._ended = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """The record as a line; nothing after `close`."""
+        if not self._ended:
+            super().emit(record)
+
+    def close(self) -> None:
+        """When it returns, no thread is in `emit`."""
+        self.acquire()
+        self._ended = True
+        self.release()
+        super().close()
 
 
 def level_number(level: str) -> int:
@@ -66,10 +86,10 @@ def setup_logging(level: str, json: bool, name: str) -> None:
         ConfigError: An unknown level.
     """
     number = level_number(level)
-    handler = _Handler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(_JsonFormatter(name) if json else _TextFormatter(name))
     root = logging.getLogger()
-    for old in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+    for old in [handler for handler in root.handlers if isinstance(handler, StderrHandler)]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(number)

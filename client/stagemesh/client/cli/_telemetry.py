@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
+from stagemesh.wire.logs import StderrHandler
 from stagemesh.wire.telemetry.settings import TraceSettings
 from stagemesh.wire.telemetry.variables import GRPC
 
@@ -53,6 +55,8 @@ def client_tracing(*, always: bool = False) -> Iterator[None]:
         )
         yield
         return
+    # The thread at the end may outlive the command.
+    logging.lastResort = StderrHandler(logging.WARNING)
     attributes = service_attributes(SERVICE_NAME, version=version("stagemesh"), instance=str(os.getpid()))
     provider = TracerProvider(
         sampler=ALWAYS_ON if always else None,
