@@ -67,7 +67,7 @@ def cost_of_load(num_requests: int, runs: int) -> list[dict[str, Any]]:
     return [line for line in log.lines if line["measure"] == "throughput"]
 
 
-def add_rows(report: Report, *, num_requests: int = NUM_REQUESTS, runs: int = RUNS) -> None:
+def add_rows(report: Report, num_requests: int, runs: int) -> None:
     """CPU of the scheduler's process by token and by step; the middle one of the runs."""
     loads = cost_of_load(num_requests, runs)
     rows = statistics.median(load["router_output_tokens"] / load["steps"] for load in loads)
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help="loads, one after the other")
     options = parser.parse_args()
     report = Report("router_cpu", options.json)
-    add_rows(report, num_requests=options.requests, runs=options.runs)
+    add_rows(report, options.requests, options.runs)
     report.finish()
 
 

@@ -12,11 +12,10 @@ from typing import Any, cast
 
 import pytest
 from scheduled_lane import make_limits
+from served_models import IDS
 
-from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.admin_service import AdminService, Context
 from stagemesh.router.api.requests import Requests
-from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.api.stream import OneStream, RequestStream
 from stagemesh.router.api.streams import Streams
 from stagemesh.router.config import RouterConfig
@@ -32,16 +31,7 @@ class Router:
     """Without its servers, and with a lane of one epoch."""
 
     def __init__(self) -> None:
-        model = ServedModel(
-            name="ids",
-            architecture="LlamaForCausalLM",
-            fingerprint="f",
-            vocab_size=1000,
-            max_context=400,
-            end_token_ids=frozenset([2]),
-            generation=GenerationDefaults(),
-            tokenizer=None,
-        )
+        model = IDS
         self.requests = Requests(RouterConfig(model="m", stages=STAGES), model, lambda ready: None)
         self.streams = Streams(model)
         self.streams.backend = self.requests.connect(self.streams)

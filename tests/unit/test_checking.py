@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from served_models import IDS
 
 from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.checking import check
@@ -33,10 +35,8 @@ class LetterTokenizer:
 
 
 def model(*, tokenizer: Any = None, generation: GenerationDefaults | None = None) -> ServedModel:
-    return ServedModel(
-        name="letters",
-        architecture="LlamaForCausalLM",
-        fingerprint="f" * 64,
+    return replace(
+        IDS,
         vocab_size=VOCAB_SIZE,
         max_context=CONTEXT,
         end_token_ids=frozenset([2, 3]),

@@ -63,6 +63,7 @@ def test_the_variables_are_read() -> None:
         ("OTEL_EXPORTER_OTLP_METRICS_COMPRESSION", "zip"),
         ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "a=b,=c"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "junk"),
+        ("OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE", "/no/such/file"),
         ("OTEL_RESOURCE_ATTRIBUTES", "deployment"),
         ("OTEL_SDK_DISABLED", "perhaps"),
     ],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from scheduled_lane import make_limits, make_request
+from served_models import IDS
 
-from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.backend import Column, End
 from stagemesh.router.api.requests import Requests
-from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.config import RouterConfig
 from stagemesh.router.scheduler import Scheduler
 from stagemesh.wire.errors import StagemeshError, UnavailableError
@@ -32,16 +32,7 @@ class Told:
 
 @pytest.fixture
 async def requests() -> AsyncIterator[Requests]:
-    model = ServedModel(
-        name="ids",
-        architecture="LlamaForCausalLM",
-        fingerprint="f" * 64,
-        vocab_size=50,
-        max_context=100,
-        end_token_ids=frozenset(),
-        generation=GenerationDefaults(),
-        tokenizer=None,
-    )
+    model = replace(IDS, vocab_size=50, max_context=100, end_token_ids=frozenset())
     made = Requests(RouterConfig(model="m", stages=("127.0.0.1:1",)), model, lambda ready: None)
     made.lane.scheduler = Scheduler(make_limits())
     made.lane.stats.open_lane(8)

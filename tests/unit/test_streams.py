@@ -7,15 +7,15 @@ import gc
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import status_pb2
+from served_models import IDS
 
-from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api import session
 from stagemesh.router.api.backend import End
 from stagemesh.router.api.checking import check
@@ -80,16 +80,7 @@ class Side:
     """The public side, its backend and a stub."""
 
     def __init__(self) -> None:
-        model = ServedModel(
-            name="ids",
-            architecture="LlamaForCausalLM",
-            fingerprint="f",
-            vocab_size=1000,
-            max_context=20_000,
-            end_token_ids=frozenset([2]),
-            generation=GenerationDefaults(),
-            tokenizer=None,
-        )
+        model = replace(IDS, max_context=20_000)
         self.streams = Streams(model)
         self.backend = Scripted(self.streams)
         self.streams.backend = self.backend

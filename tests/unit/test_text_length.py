@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from served_models import IDS
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from stagemesh.model.config import GenerationDefaults
 from stagemesh.router.api.checking import check
-from stagemesh.router.api.served_model import ServedModel
 from stagemesh.router.text import Tokenizer
 from stagemesh.v1 import inference_pb2 as pb
 from stagemesh.wire.errors import InvalidArgumentError
@@ -46,16 +46,7 @@ def tokenizer() -> Tokenizer:
 
 
 def refusal(tokenizer: Tokenizer, **fields: Any) -> InvalidArgumentError:
-    model = ServedModel(
-        name="words",
-        architecture="LlamaForCausalLM",
-        fingerprint="f" * 64,
-        vocab_size=2,
-        max_context=CONTEXT,
-        end_token_ids=frozenset(),
-        generation=GenerationDefaults(),
-        tokenizer=tokenizer,
-    )
+    model = replace(IDS, vocab_size=2, max_context=CONTEXT, end_token_ids=frozenset(), tokenizer=tokenizer)
     with pytest.raises(InvalidArgumentError) as raised:
         check(pb.GenerateRequest(**fields), model)
     assert raised.value.reason == "PROMPT_TOO_LONG"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from stagemesh.wire.address import split_address
@@ -62,11 +64,21 @@ class Variables:
 
     def transport(self, signal: str) -> None:
         """Check what the OTLP exporters of a signal read by themselves: the one over HTTP takes its default for a timeout or a
-        compression that it cannot use, and both leave out headers."""
+        compression that it cannot use, both leave out headers, and the one over grpc goes on without a file that it cannot
+        read."""
         for prefix in ("OTEL_EXPORTER_OTLP_", f"OTEL_EXPORTER_OTLP_{signal}_"):
             self.choice(f"{prefix}COMPRESSION", COMPRESSIONS, "none")
             self.number(f"{prefix}TIMEOUT", 10, low=0.001)
             self._headers(f"{prefix}HEADERS")
+            for key in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
+                self._file(f"{prefix}{key}")
+
+    def _file(self, key: str) -> None:
+        path = self.text(key)
+        try:
+            Path(path or os.devnull).open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{key}: '{path}' cannot be read ({error.strerror}); expected a PEM file") from None
 
     def _headers(self, key: str) -> None:
         """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and the receiver refuses the rest."""
