@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from mesh_calls import generate, make_prompt
 from mesh_processes import wait_for
 from otlp_metrics_receiver import PushedMetrics, otlp_grpc_metrics_receiver, otlp_http_metrics_receiver
-from running_mesh import CALL_TIMEOUT_S, RunningMesh
+from running_mesh import RunningMesh
+from scraped_metrics import metrics_of_name, scrape
 from sim_models import SIM, write_sim_model
 
 from stagemesh.wire.telemetry.histogram import BulkHistogram
@@ -67,23 +67,28 @@ def test_every_metric_comes_with_its_kind_and_unit(pushing: RunningMesh, pushed:
 
 def test_numbers_go_on_from_push_to_push(pushing: RunningMesh, pushed: PushedMetrics) -> None:
     """Cumulative, as a scrape would have them; each step is in the histogram of each stage once."""
-    tokens, steps = RouterMetric.TOKENS.name, StageMetric.STEP.name
-    before = pushed.total(ROUTER, tokens, gen_ai_token_type="output")
+    tokens, steps = RouterMetric.TOKENS, StageMetric.STEP.name
+    endpoint = pushing.router.said(r"metrics on http://(\S+)/metrics").group(1)
+
+    def output_tokens() -> float:
+        samples = metrics_of_name(scrape(endpoint), tokens.prometheus)
+        return sum(value for name, value in samples.items() if '"output"' in name)
+
+    before = output_tokens()
     generate(pushing, make_prompt(40), 8)
+    pushing.wait_idle()
+    assert output_tokens() == before + 8
     wait_for(
-        lambda: pushed.total(ROUTER, tokens, gen_ai_token_type="output") == before + 8,
+        lambda: pushed.total(ROUTER, tokens.name, gen_ai_token_type="output") == before + 8,
         "the tokens of the answer",
     )
-    pushing.wait_idle()
     num_steps = pushing.lane.num_steps
     for stage in STAGES:
         wait_for(
             lambda stage=stage: pushed.total(stage, steps, stagemesh_part="compute") == num_steps,
             f"{num_steps} steps of {stage}",
         )
-    endpoint = pushing.router.said(r"metrics on http://(\S+)/metrics").group(1)
-    scraped = urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=CALL_TIMEOUT_S).read().decode()
-    assert f"{RouterMetric.STEPS.prometheus} {float(num_steps)}" in scraped
+    assert scrape(endpoint)[RouterMetric.STEPS.prometheus] == num_steps
 
 
 def test_the_last_numbers_are_pushed_at_the_end(pushing: RunningMesh, pushed: PushedMetrics) -> None:

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from otlp_receiver import ReceivedSpan, Spans, otlp_grpc_receiver, otlp_http_receiver
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
+from scraped_metrics import metrics_of_name, scrape
 from sim_models import SIM, write_sim_model
 
 from stagemesh.client import Client
@@ -252,17 +253,6 @@ def test_a_refusal_is_a_span_with_its_error(mesh: RunningMesh, received: Spans) 
         lambda: [s for s in received.all if refused.items() <= s.attributes.items()], "the refusal's span"
     )
     assert span.error == answer.message
-
-
-def scrape(address: str) -> dict[str, float]:
-    """Every sample: name with labels, value. Gauges and counts of all series."""
-    text = urllib.request.urlopen(f"http://{address}/metrics", timeout=CALL_TIMEOUT_S).read().decode()
-    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in lines}
-
-
-def metrics_of_name(samples: dict[str, float], name: str) -> dict[str, float]:
-    return {key: value for key, value in samples.items() if re.match(rf"{name}(_count|_sum)?(\{{|$)", key)}
 
 
 def wait_healthy(router: str) -> None:

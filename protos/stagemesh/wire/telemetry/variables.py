@@ -78,7 +78,9 @@ class Variables:
         try:
             Path(path or os.devnull).open("rb").close()
         except OSError as error:
-            raise ConfigError(f"{key}: '{path}' cannot be read ({error.strerror}); expected a PEM file") from None
+            raise ConfigError(
+                f"{key}: '{path}' cannot be read ({error.strerror}); expected a PEM file"
+            ) from None
 
     def _headers(self, key: str) -> None:
         """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and the receiver refuses the rest."""
