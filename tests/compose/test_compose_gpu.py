@@ -51,6 +51,8 @@ def test_the_override_for_gpus_merges(images: dict[str, str]) -> None:
     assert stage["image"].endswith("-cuda")
     assert stage["shm_size"] == "8g"
     assert stage["ulimits"] == {"memlock": -1, "stack": 67108864}
+    assert stage["build"]["args"]["BASE_IMAGE"] == "stagemesh-gpu-base"
     assert len(stage["tmpfs"]) == 2, "the scratch of compose.yaml stays, and another comes"
+    assert len(stage["volumes"]) == 2, "the model stays, and kernels are kept"
     assert stage["read_only"] is True
     assert "deploy" not in services["router"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +111,11 @@ def test_multicast_stays_off_whatever_the_environment_says() -> None:
     environment = cuda_environment({"NCCL_NVLS_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "8"})
     assert environment["NCCL_NVLS_ENABLE"] == "0"
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_programs_beside_the_interpreter_are_found_last() -> None:
+    """pip puts FlashInfer's ninja there."""
+    assert cuda_environment({"PATH": "/a:/b"})["PATH"] == f"/a:/b:{Path(sys.executable).parent}"
 
 
 def stage(index: int, transports: list[str], gpu: str, host: str = "one") -> StageLink:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sysconfig
 import time
 import tomllib
 from collections.abc import Iterator
@@ -104,6 +105,39 @@ def test_no_gpu_fails_only_where_one_is_wanted(tmp_path: Path, monkeypatch: pyte
     assert only(gpus.check_gpus("stage", wanted=False), "GPUs").level is Level.OK
     finding = only(gpus.check_gpus("stage", wanted=True), "GPUs")
     assert (finding.level, finding.found) == (Level.FAIL, "nvidia-smi fails: No devices were found")
+
+
+@pytest.mark.parametrize(
+    ("programs", "flashinfer", "level", "said"),
+    [
+        (("gcc", "c++", "nvcc", "ninja"), "0.6.12", Level.OK, "FlashInfer 0.6.12; "),
+        (("gcc", "c++", "nvcc", "ninja"), None, Level.WARN, "no FlashInfer"),
+        (("gcc", "c++", "ninja"), "0.6.12", Level.WARN, "there is not nvcc"),
+        (("nvcc", "c++", "ninja"), "0.6.12", Level.FAIL, "there is not a C compiler"),
+    ],
+)
+def test_what_compiles_kernels_is_looked_for(
+    programs: tuple[str, ...],
+    flashinfer: str | None,
+    level: Level,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_smi(tmp_path, monkeypatch, "echo '0, NVIDIA H100, 81559, 1, 580.1'")
+    for name in programs:
+        (tmp_path / name).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    if "nvcc" in programs:
+        (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+        (tmp_path / "toolkit" / "bin" / "nvcc").symlink_to("/bin/true")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(gpus, "installed_version", {"flashinfer-python": flashinfer}.get)
+    finding = only(gpus.check_gpus("stage", wanted=True), "kernels")
+    assert finding.level is level
+    assert said in finding.found
 
 
 def test_an_interface_of_nccl_that_does_not_exist_fails(

@@ -19,6 +19,7 @@ from stagemesh.stage.leader.step_spans import StepSpans
 from stagemesh.stage.memory import GIB
 from stagemesh.stage.plan import plan_stage
 from stagemesh.stage.telemetry import open_metrics, stage_label, start_exporter
+from stagemesh.stage.toolchain import check_toolchain
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.address import check_listen
 from stagemesh.wire.logs import setup_logging
@@ -44,6 +45,8 @@ async def _serve(config: StageConfig, name: str) -> None:
         loop.add_signal_handler(number, stopped.set)
     check_listen(config.listen, insecure=config.insecure, key="--listen")
     plan = plan_stage(config)
+    if plan.gpus:
+        check_toolchain(os.environ)
     for rank, memory in enumerate(plan.memory.ranks if plan.memory else ()):
         gpu, others = plan.gpus[rank].index, plan.used_bytes[rank] / GIB
         log.info("rank %d will hold of GPU %d %s; others hold %.2f", rank, gpu, memory.describe(), others)

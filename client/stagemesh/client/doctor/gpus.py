@@ -1,4 +1,4 @@
-"""GPUs, their driver, and NCCL, as far as the node has them."""
+"""GPUs, their driver, NCCL, and what compiles kernels, as far as the node has them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 import subprocess
+from dataclasses import asdict
 
 from stagemesh.client.doctor.finding import Finding, Level, Value
 from stagemesh.client.doctor.versions import installed_version
+from stagemesh.stage.toolchain import find_toolchain
 
 _QUERY = "index,name,memory.total,memory.used,driver_version"
 _TIMEOUT_S = 20.0
@@ -17,7 +19,7 @@ _NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
 
 def check_gpus(role: str, *, wanted: bool) -> list[Finding]:
-    """What nvidia-smi lists, and whether NCCL and cupy are there for them.
+    """What nvidia-smi lists, and whether NCCL, cupy and compilers are there for them.
 
     Args:
         role: Only a stage uses GPUs.
@@ -30,7 +32,7 @@ def check_gpus(role: str, *, wanted: bool) -> list[Finding]:
         level = Level.FAIL if wanted else Level.OK
         todo = "install the driver, or start this stage with --device cpu" if wanted else ""
         return [Finding(check="GPUs", level=level, found=problem or "none", todo=todo, values={"gpus": 0})]
-    return [_devices(rows), _nccl(), *_socket_interface()]
+    return [_devices(rows), _kernels(), _nccl(), *_socket_interface()]
 
 
 def has_gpus() -> bool:
@@ -65,6 +67,22 @@ def _devices(rows: list[list[str]]) -> Finding:
             check="GPUs", level=Level.WARN, found=f"{found}; driver {driver}", todo=todo, values=values
         )
     return Finding(check="GPUs", level=Level.OK, found=f"{found}; driver {driver}", values=values)
+
+
+def _kernels() -> Finding:
+    tools = find_toolchain(os.environ)
+    flashinfer = installed_version("flashinfer-python")
+    found = f"FlashInfer {flashinfer}" if flashinfer else "no FlashInfer"
+    values: dict[str, Value] = {"flashinfer": flashinfer, **asdict(tools)}
+    missing = [*tools.lacks_for_triton, *tools.lacks_for_flashinfer]
+    found += f"; there is not {' nor '.join(missing)}" if missing else f"; {tools.c_compiler}, {tools.nvcc}"
+    if tools.lacks_for_triton:
+        todo = "install them: a stage compiles its kernels when it first starts (compose/Dockerfile.gpu-base has all)"
+        return Finding(check="kernels", level=Level.FAIL, found=found, todo=todo, values=values)
+    if missing or not flashinfer:
+        todo = "install what is missing and 'stagemesh[cuda]': without FlashInfer attention is slower"
+        return Finding(check="kernels", level=Level.WARN, found=found, todo=todo, values=values)
+    return Finding(check="kernels", level=Level.OK, found=found, values=values)
 
 
 def _nccl() -> Finding:

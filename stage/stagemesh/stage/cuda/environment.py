@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 CUDA_VARIABLES = {
     # Kernels of different streams must never queue behind each other in one hardware queue: a receive spins.
@@ -17,9 +20,14 @@ CUDA_VARIABLES = {
 
 
 def cuda_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a CUDA worker: what is set already stays, but for NVLink multicast, which stays off."""
+    """The environment of a CUDA worker: what is set already stays, but for NVLink multicast, which stays off.
+
+    Programs beside the interpreter are found too: FlashInfer compiles with the ninja that pip put there, and whoever starts
+    a stage by its path has not activated the environment.
+    """
     multicast_off = {
         name: CUDA_VARIABLES[name]
         for name in ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
     }
-    return {**CUDA_VARIABLES, **environment, **multicast_off}
+    path = os.pathsep.join((environment.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    return {**CUDA_VARIABLES, **environment, **multicast_off, "PATH": path}
