@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_engine import docker
+from compose_mesh import TAG
 from compose_project import Project
 
 pytestmark = pytest.mark.compose
@@ -56,3 +58,15 @@ def test_the_override_for_gpus_merges(images: dict[str, str]) -> None:
     assert len(stage["volumes"]) == 2, "the model stays, and kernels are kept"
     assert stage["read_only"] is True
     assert "deploy" not in services["router"]
+
+
+def test_compiled_kernels_outlive_their_container(images: dict[str, str]) -> None:
+    """The volume for them, in the image for stages: its user writes there, and runs what lies there the next time."""
+    volume, image = "stagemesh-gpu-test_kernels", f"stagemesh-stage:{TAG}"
+    container = ["run", "--rm", "--read-only", "--user", "10001:10001", "--cap-drop", "ALL"]
+    container += ["--volume", f"{volume}:/var/cache/stagemesh", "--entrypoint", "sh", image, "-c"]
+    try:
+        docker(*container, "cd /var/cache/stagemesh && echo 'echo kept' > kernel && chmod +x kernel")
+        assert docker(*container, "/var/cache/stagemesh/kernel").split() == ["kept"]
+    finally:
+        docker("volume", "rm", volume)
