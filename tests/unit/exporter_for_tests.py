@@ -12,17 +12,24 @@ from stagemesh.wire.telemetry.settings import TraceSettings
 
 
 class Exporter:
-    """Spans are asked for when a test wants them."""
+    """Takes the place of the thread: spans are asked for when a test wants them."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = TraceSettings(endpoint="x:1", **settings)
-        self.source: Callable[[], list[tuple[bytes, int]]]
+        self.sources: list[Callable[[], list[tuple[bytes, int]]]] = []
+        self.num_wakes = 0
 
     def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
-        self.source = source
+        self.sources.append(source)
+
+    def wake(self) -> None:
+        self.num_wakes += 1
+
+    def overtaken(self) -> None:
+        """Nobody reads a log here."""
 
     def spans(self) -> list[Any]:
-        chunks = self.source()
+        chunks = [chunk for source in self.sources for chunk in source()]
         found = [span for data, _ in chunks for span in ScopeSpans.FromString(data).spans]
         assert len(found) == sum(count for _, count in chunks)
         return found

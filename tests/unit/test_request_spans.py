@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from exporter_for_tests import Exporter
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 from scheduled_lane import make_request
 
@@ -21,22 +21,10 @@ from stagemesh.router.tracing.step_spans import StepSpans
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, pack
 from stagemesh.wire.telemetry.names import PART_MS, Attribute, Span
-from stagemesh.wire.telemetry.settings import TraceSettings
 
 PORT: Any = SimpleNamespace(index=0)
 PARTS_NS = (100, 2_000, 30_000, 400_000, 5_000)
 MS = 1e6
-
-
-class Exporter:
-    """Spans are asked for when a test wants them."""
-
-    def __init__(self) -> None:
-        self.settings = TraceSettings(endpoint="x:1")
-        self.sources: list[Callable[[], list[tuple[bytes, int]]]] = []
-
-    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
-        self.sources.append(source)
 
 
 class Mesh:

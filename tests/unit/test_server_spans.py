@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
+from exporter_for_tests import Exporter
 
 from stagemesh.router.tracing.server_spans import ServerSpans
 from stagemesh.v1 import inference_pb2
 from stagemesh.wire.errors import UnavailableError
 from stagemesh.wire.telemetry.names import Attribute
-from stagemesh.wire.telemetry.settings import TraceSettings
 
 SECRET = "a word that is nobody's business"
-
-
-class Exporter:
-    """Takes the place of the thread: spans are asked for when a test wants them."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = TraceSettings(endpoint="x:1", **settings)
-        self.sources: list[Callable[[], list[tuple[bytes, int]]]] = []
-
-    def register(self, source: Callable[[], list[tuple[bytes, int]]]) -> None:
-        self.sources.append(source)
-
-    def spans(self) -> list[Any]:
-        chunks = [chunk for source in self.sources for chunk in source()]
-        found = [span for data, _ in chunks for span in ScopeSpans.FromString(data).spans]
-        assert len(found) == sum(count for _, count in chunks)
-        return found
 
 
 def refused(exporter: Exporter, message: inference_pb2.GenerateRequest) -> dict[str, Any]:

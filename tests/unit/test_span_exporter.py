@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span
 
 from stagemesh.wire.telemetry import exporter as exporter_module
-from stagemesh.wire.telemetry.buffer import Chunk
+from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
 from stagemesh.wire.telemetry.exporter import SpanExporter
 from stagemesh.wire.telemetry.settings import TraceSettings
 
@@ -85,6 +85,37 @@ def test_a_source_with_a_bug_moves_the_counter_and_keeps_nobody_elses_spans(
     assert sender.names == ["before", "behind"]
     assert (exporter.num_exported, exporter.num_dropped) == (2, 1)
     assert "no spans of these" in caplog.text
+
+
+def test_a_half_full_buffer_is_sent_before_its_time(exporter: SpanExporter, sender: Sender) -> None:
+    buffer: SpanBuffer[Chunk] = SpanBuffer(8, exporter)
+    num_asked = 0
+
+    def source() -> list[Chunk]:
+        nonlocal num_asked
+        num_asked += 1
+        return buffer.take()
+
+    exporter.register(source)
+    sender._outcomes += [True] * 8
+    for name in ("first", "second"):
+        assert all(buffer.add(chunk(name, 1)) for _ in range(4))
+        deadline = time.monotonic() + 10
+        while sender.names.count(name) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sender.names.count(name) == 4
+    assert num_asked == 2, "once for each half"
+
+
+def test_the_first_drop_is_said_and_the_others_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    exporter = SpanExporter(TraceSettings(endpoint="http://x:1", max_queued=6), {})
+    exporter.close()
+    for buffer in (SpanBuffer[int](2, exporter), SpanBuffer[int](2, exporter)):
+        for number in range(5):
+            buffer.add(number)
+        assert buffer.num_dropped == 3
+    assert caplog.text.count("spans are dropped") == 1
+    assert "OTEL_BSP_MAX_QUEUE_SIZE=6" in caplog.text
 
 
 def test_a_bug_between_source_and_sender_moves_the_counter_and_the_thread_lives(

@@ -114,6 +114,21 @@ def test_what_is_dropped_leaves_nothing_behind() -> None:
     assert not spans._open_steps, "nobody will report step 4 any more"
 
 
+def test_steps_that_come_faster_than_the_timer_wake_the_exporter() -> None:
+    """With the queue that the specification defaults to; the exporter is woken before one of its steps is dropped."""
+    exporter, spans = make(max_queued=2048)
+    num_found = num_wakes = 0
+    for number in range(1, 1501):
+        take(spans, number)
+        spans.take_timings(timings(number))
+        if exporter.num_wakes > num_wakes:
+            num_found += [span.name for span in exporter.spans()].count(Span.STAGE)
+            num_wakes = exporter.num_wakes
+    num_found += [span.name for span in exporter.spans()].count(Span.STAGE)
+    assert (num_found, spans.num_dropped) == (1500, 0)
+    assert num_wakes <= 2 * 9, "each of two buffers where it is half full, and not for each step"
+
+
 def test_ranks_are_remembered_for_a_number_of_steps() -> None:
     exporter = Exporter()
     spans = StepSpans(exporter, ranks=True)  # type: ignore[arg-type]

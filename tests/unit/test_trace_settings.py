@@ -80,6 +80,7 @@ def test_the_variables_are_read() -> None:
         ("OTEL_BSP_SCHEDULE_DELAY", "0"),
         ("OTEL_BSP_SCHEDULE_DELAY", "inf"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "inf"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "5"),
         ("OTEL_TRACES_SAMPLER_ARG", "nan"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -13,24 +13,43 @@ MAX_REQUEST_BYTES = 2 << 20
 """Of spans in one export; gRPC receivers take 4 MiB unless told otherwise."""
 
 
+class Reader(Protocol):
+    """Empties buffers: a SpanExporter."""
+
+    def wake(self) -> None:
+        """A buffer is half full."""
+
+    def overtaken(self) -> None:
+        """A buffer drops entries for the first time."""
+
+
 class SpanBuffer(Generic[T]):
     """A bounded queue between the thread that serves and the one that exports.
 
     Args:
-        limit: Entries kept; those beyond are dropped and counted.
+        limit: Entries kept, at least 1; those beyond are dropped and counted.
+        reader: Woken whenever the buffer becomes half full.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, reader: Reader) -> None:
         self._limit = limit
+        self._wake_at = (limit - 1) // 2
+        """Entries before the one that makes it half full."""
+        self._reader = reader
         # A deque: its appends and pops are atomic, so that no entry falls between the threads.
         self._entries: deque[T] = deque()
         self.num_dropped = 0
 
     def add(self, entry: T) -> bool:
         """Keep an entry for the next export; False if it was dropped."""
-        if len(self._entries) < self._limit:
+        held = len(self._entries)
+        if held < self._limit:
             self._entries.append(entry)
+            if held == self._wake_at:
+                self._reader.wake()
             return True
+        if not self.num_dropped:
+            self._reader.overtaken()
         self.num_dropped += 1
         return False
 

@@ -31,7 +31,7 @@ Source = Callable[[], list[Chunk]]
 
 
 class SpanExporter:
-    """Sends what its sources have gathered, every `delay_s`.
+    """Sends what its sources have gathered: every `delay_s`, and when a buffer of theirs is half full.
 
     Args:
         settings: Where to, and how often.
@@ -54,6 +54,7 @@ class SpanExporter:
         self._sources: list[Source] = []
         self._wake = threading.Event()
         self._closing = False
+        self._said_overtaken = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
         self._thread.start()
@@ -61,6 +62,21 @@ class SpanExporter:
     def register(self, source: Source) -> None:
         """Ask `source` for spans at every export from now on."""
         self._sources.append(source)
+
+    def wake(self) -> None:
+        """Send what there is soon: a buffer is half full."""
+        self._wake.set()
+
+    def overtaken(self) -> None:
+        """A buffer drops spans: said once, however many they are."""
+        if not self._said_overtaken:
+            self._said_overtaken = True
+            log.warning(
+                "spans are dropped: they come faster than they are sent to %s; "
+                "is it slow, or OTEL_BSP_MAX_QUEUE_SIZE=%d too small?",
+                self.settings.endpoint,
+                self.settings.max_queued,
+            )
 
     def close(self) -> None:
         """Send what there is, for CLOSE_TIMEOUT_S at most."""
@@ -84,6 +100,8 @@ class SpanExporter:
     def _run(self) -> None:
         while not self._closing:
             self._wake.wait(self.settings.delay_s)
+            # Before the export: a buffer that becomes half full during it wants another one.
+            self._wake.clear()
             try:
                 self.flush()
             except Exception:

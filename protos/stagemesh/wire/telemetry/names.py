@@ -42,6 +42,8 @@ class Span:
 
 PARTS = (Span.WAIT_FOR_SLOT, Span.WAIT, Span.RECEIVE, Span.COMPUTE, Span.SEND)
 """Of a step on a stage, in the order in which they follow each other."""
+SPANS_OF_A_STEP = 1 + len(PARTS)
+"""On a stage, at most."""
 
 
 class Attribute:
@@ -234,7 +236,8 @@ class RouterMetric:
         "1",
     )
     SPANS_DROPPED = _counter(
-        "stagemesh.spans.dropped", "Spans lost: the OTLP receiver did not take them, or their export failed."
+        "stagemesh.spans.dropped",
+        "Spans lost: the OTLP receiver did not take them, OTEL_BSP_MAX_QUEUE_SIZE is too small, or their export failed.",
     )
 
 
@@ -266,7 +269,8 @@ class StageMetric:
     )
     BLOCKS = _gauge("stagemesh.stage.kv.blocks", "KV blocks this stage has room for.", "{block}")
     SPANS_DROPPED = _counter(
-        "stagemesh.spans.dropped", "Spans lost: the OTLP receiver did not take them, or their export failed."
+        "stagemesh.spans.dropped",
+        "Spans lost: the OTLP receiver did not take them, OTEL_BSP_MAX_QUEUE_SIZE is too small, or their export failed.",
     )
 
 

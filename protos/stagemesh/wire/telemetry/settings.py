@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from stagemesh.wire.telemetry.names import SPANS_OF_A_STEP
 from stagemesh.wire.telemetry.variables import GRPC, Variables
 
 SAMPLERS = (
@@ -37,7 +38,7 @@ class TraceSettings:
     delay_s: float = 5.0
     """Between two exports."""
     max_queued: int = 1 << 16
-    """Spans kept while the receiver does not take them; what comes beyond is dropped and counted."""
+    """Spans kept until they are sent, those of one step at least; what comes beyond is dropped and counted."""
     max_batch: int = 1 << 14
     """Spans of one export at most; MAX_REQUEST_BYTES bounds it too."""
     max_links: int = 128
@@ -63,7 +64,7 @@ class TraceSettings:
             sampler=sampler,
             ratio=ratio,
             delay_s=value.number("OTEL_BSP_SCHEDULE_DELAY", cls.delay_s * 1e3, low=1) / 1e3,
-            max_queued=int(value.number("OTEL_BSP_MAX_QUEUE_SIZE", cls.max_queued, low=1)),
+            max_queued=int(value.number("OTEL_BSP_MAX_QUEUE_SIZE", cls.max_queued, low=SPANS_OF_A_STEP)),
             max_batch=int(value.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", cls.max_batch, low=1)),
             max_links=int(value.number("OTEL_SPAN_LINK_COUNT_LIMIT", cls.max_links, low=1)),
             capture_content=value.switch(CONTENT_KEY, also_true=("span_only", "span_and_event")),

@@ -58,8 +58,8 @@ class RequestSpans:
         self._step_spans = steps
         self._at_once = FULL_AT_ONCE if every_step else REQUESTS_AT_ONCE
         self._every_step = every_step
-        self._ended: SpanBuffer[_Ended] = SpanBuffer(exporter.settings.max_queued)
-        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
+        self._ended: SpanBuffer[_Ended] = SpanBuffer(exporter.settings.max_queued, exporter)
+        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued, exporter)
         self._making = threading.Lock()
         """Held by who reads the stages' times: they may not be forgotten meanwhile."""
         self.stages: Seq[StageLink] = ()
@@ -72,7 +72,7 @@ class RequestSpans:
 
     @property
     def num_dropped(self) -> int:
-        """Requests whose spans did not fit while the receiver was away."""
+        """Requests whose spans did not fit."""
         return self._ended.num_dropped
 
     def close_lane(self) -> None:

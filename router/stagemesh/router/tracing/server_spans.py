@@ -66,15 +66,17 @@ class ServerSpans:
         self._response_id = TextAttribute(Attribute.RESPONSE_ID)
         self._operation = TextAttribute(Attribute.OPERATION)
         self._sampler = HeadSampler(exporter.settings)
-        self._ended: SpanBuffer[tuple[RequestTrace, RequestStream]] = SpanBuffer(self._settings.max_queued)
+        self._ended: SpanBuffer[tuple[RequestTrace, RequestStream]] = SpanBuffer(
+            self._settings.max_queued, exporter
+        )
         self._refused: SpanBuffer[tuple[RequestTrace, StagemeshError, int]] = SpanBuffer(
-            self._settings.max_queued
+            self._settings.max_queued, exporter
         )
         exporter.register(self._spans)
 
     @property
     def num_dropped(self) -> int:
-        """Spans that did not fit while the receiver was away."""
+        """Spans that did not fit."""
         return self._ended.num_dropped + self._refused.num_dropped
 
     def begin(self, message: inference_pb2.GenerateRequest) -> RequestTrace | None:

@@ -51,18 +51,18 @@ class StepSpans:
         """By slot: the link to the sampled request that has it."""
         self._found: dict[int, bytes] = {}
         """By step, since `_links` last changed: the links of the requests in it, for steps that repeat its rows."""
-        self._sent: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued)
+        self._sent: SpanBuffer[tuple[int, bytes]] = SpanBuffer(exporter.settings.max_queued, exporter)
         """Numbers and links of traced steps; whether they have been answered is found out in the exporter's thread."""
         self._open: list[tuple[int, bytes]] = []
         """Those that had not been when it looked."""
         self._making = threading.Lock()
         """Held where spans are made, and where the epoch changes: the numbers of an older one may not come into it."""
-        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued)
+        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued, exporter)
         exporter.register(self._spans)
 
     @property
     def num_dropped(self) -> int:
-        """Spans that did not fit while the receiver was away."""
+        """Spans that did not fit."""
         return self._sent.num_dropped
 
     def open_lane(self, epoch: int, records: StepRecords) -> None:

@@ -44,7 +44,7 @@ class RouterTracing:
 
     @property
     def num_dropped(self) -> int:
-        """Spans the receiver did not take."""
+        """Spans that were lost: they did not fit, or the receiver did not take them."""
         return self._exporter.num_dropped + sum(
             part.num_dropped for part in (self.server, self.requests, self.steps)
         )

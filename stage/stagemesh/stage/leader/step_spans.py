@@ -17,7 +17,7 @@ import numpy as np
 
 from stagemesh.stage.local_queue import StepTiming, Timings
 from stagemesh.wire.telemetry.buffer import Chunk, SpanBuffer
-from stagemesh.wire.telemetry.names import PART_MS, PARTS, Attribute, Span
+from stagemesh.wire.telemetry.names import PART_MS, PARTS, SPANS_OF_A_STEP, Attribute, Span
 from stagemesh.wire.telemetry.span_columns import Bytes, Int64, SpanRow, SpanTemplate, ids
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ RANKS_LAG = 1024
 TRACEPARENT_LENGTH = 55
 _ID_DIGITS = np.r_[3:35, 36:52]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-SPANS_OF_A_STEP = 1 + len(PARTS)
 SENT_BYTES = 8
 """Column of a packed StepTiming."""
 PART_COLUMNS = slice(3, 3 + len(PARTS))
@@ -49,22 +48,22 @@ class StepSpans:
         self._ranks = ranks
         self._traced: dict[int, str] = {}
         """Of the last RANKS_LAG steps, where ranks are wanted."""
-        self._of_ranks: SpanBuffer[tuple[int, Timings]] = SpanBuffer(exporter.settings.max_queued)
+        self._of_ranks: SpanBuffer[tuple[int, Timings]] = SpanBuffer(exporter.settings.max_queued, exporter)
         self._rank = SpanTemplate(
             Span.RANK,
             columns={Attribute.RANK: "int", **dict.fromkeys(PART_MS, "float")},
         )
-        self._settings = exporter.settings
+        steps_queued = exporter.settings.max_queued // SPANS_OF_A_STEP
         self._stage_index = 0
         self.any_traced = False
         """Of this epoch's steps."""
-        self._came: SpanBuffer[tuple[int, str]] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        self._came: SpanBuffer[tuple[int, str]] = SpanBuffer(steps_queued, exporter)
         """Numbers and traceparents of traced steps."""
-        self._done: SpanBuffer[Timings] = SpanBuffer(self._settings.max_queued // SPANS_OF_A_STEP)
+        self._done: SpanBuffer[Timings] = SpanBuffer(steps_queued, exporter)
         """All that was reported since the first traced step, traced or not: which is found out in the exporter's thread."""
         self._open_steps: dict[int, str] = {}
         """Of the traced steps that have not been reported, the traceparents; of the exporter's thread."""
-        self._made: SpanBuffer[Chunk] = SpanBuffer(self._settings.max_queued)
+        self._made: SpanBuffer[Chunk] = SpanBuffer(exporter.settings.max_queued, exporter)
         self._making = threading.Lock()
         """Held where spans are made, and where the epoch changes: the numbers of an older one may not come into it."""
         self._slot, *self._parts = (SpanTemplate(part) for part in PARTS)
@@ -74,7 +73,7 @@ class StepSpans:
 
     @property
     def num_dropped(self) -> int:
-        """Spans that did not fit while the receiver was away."""
+        """Spans that did not fit."""
         return (self._came.num_dropped + self._done.num_dropped) * SPANS_OF_A_STEP
 
     def open_lane(self, stage_index: int, epoch: int) -> None:
