@@ -417,6 +417,8 @@ def test_a_mesh_that_exports_nowhere_serves(
         mesh.wait_ready()
         for seed in range(4):
             assert len(generate(mesh, make_prompt(9, seed), 8).token_ids) == 8
+        for service in (mesh.router, *mesh.stages):
+            service.said(r"traces to http://127\.0\.0\.1:9 every 0\.05 s")
         router = mesh.router.said(r"metrics on http://(\S+)/metrics").group(1)
         dropped = RouterMetric.SPANS_DROPPED.prometheus
         wait_for(lambda: scrape(router)[dropped] or None, "dropped spans")

@@ -58,6 +58,7 @@ def test_the_variables_are_read() -> None:
         ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "delta"),
         ("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "base2_exponential_bucket_histogram"),
         ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "1e300"),
         ("OTEL_METRIC_EXPORT_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_METRICS_COMPRESSION", "zip"),

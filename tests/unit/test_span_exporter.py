@@ -110,6 +110,9 @@ def test_a_half_full_buffer_is_sent_before_its_time(exporter: SpanExporter, send
 def test_the_first_drop_is_said_and_the_others_are_not(caplog: pytest.LogCaptureFixture) -> None:
     exporter = SpanExporter(TraceSettings(endpoint="http://x:1", max_queued=6), {})
     exporter.close()
+    with caplog.at_level(logging.INFO):
+        exporter.announce()
+    assert "traces to http://x:1 every 5 s" in caplog.text
     for buffer in (SpanBuffer[int](2, exporter), SpanBuffer[int](2, exporter)):
         for number in range(5):
             buffer.add(number)

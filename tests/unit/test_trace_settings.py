@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+import certifi
 import pytest
 
 from stagemesh.wire.errors import ConfigError
 from stagemesh.wire.telemetry.context import TraceContext
+from stagemesh.wire.telemetry.metric_settings import MetricSettings
 from stagemesh.wire.telemetry.names import Attribute, Metric, RouterMetric, StageMetric, metrics_of
 from stagemesh.wire.telemetry.sampling import HeadSampler
 from stagemesh.wire.telemetry.settings import TraceSettings
@@ -36,7 +41,8 @@ def test_the_variables_are_read() -> None:
             "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
             "OTEL_TRACES_SAMPLER_ARG": "0.25",
             "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20x=, x-tenant = mesh,",
-            "OTEL_EXPORTER_OTLP_CERTIFICATE": __file__,
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": certifi.where(),
+            "OTEL_EXPORTER_OTLP_CLIENT_KEY": __file__,
             "OTEL_BSP_SCHEDULE_DELAY": "250",
             "OTEL_SPAN_LINK_COUNT_LIMIT": "3",
             "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "true",
@@ -54,6 +60,48 @@ def test_the_variables_are_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("protocol", "endpoint"), [("grpc", "http://localhost:4317"), ("http/protobuf", "http://localhost:4318")]
+)
+def test_traces_that_are_asked_for_without_an_address_go_to_the_usual_one(
+    protocol: str, endpoint: str
+) -> None:
+    environment = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+    assert TraceSettings.read(environment) == TraceSettings(endpoint=endpoint, protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "x-key=hush;def",
+        'x-key="hush"',
+        "x-key=hush\u00e9",
+        "x-key=hush%C3%A9",
+        "x-key=hush%0Adef",
+        "My Key=hush",
+        "my%20key=hush",
+        "x-key-bin=hush",
+        "x-key:hush",
+    ],
+)
+@pytest.mark.parametrize("signal", ["", "TRACES_", "METRICS_"])
+def test_a_header_that_cannot_be_sent_is_refused_without_a_word_of_its_value(
+    signal: str, header: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = f"OTEL_EXPORTER_OTLP_{signal}HEADERS"
+    settings: Any = MetricSettings if signal == "METRICS_" else TraceSettings
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match=f"^{key}: ") as refused:
+        settings.read({**HERE, key: f"authorization=Bearer%20x=,{header}"})
+    assert "hush" not in str(refused.value) + caplog.text
+    assert not logging.getLogger("opentelemetry.util.re").disabled
+
+
+def test_headers_are_those_that_the_exporters_send() -> None:
+    """A blank, an equals sign and no value at all are fine, and so is any case of a name."""
+    headers = "Authorization=Basic dTpw==, X-Scope.Org_1=%5Ba%2Cb%5D,x-empty=,"
+    assert TraceSettings.read({**HERE, "OTEL_EXPORTER_OTLP_HEADERS": headers})
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "nonsense"),
@@ -64,11 +112,13 @@ def test_the_variables_are_read() -> None:
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "1e300"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
         ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "zip"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "junk"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=b,=c"),
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/such/file"),
+        ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", __file__),
         ("OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "/no/such/file"),
         ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/no/such/file"),
         ("OTEL_TRACES_EXPORTER", "zipkin"),
@@ -79,6 +129,7 @@ def test_the_variables_are_read() -> None:
         ("OTEL_SDK_DISABLED", "perhaps"),
         ("OTEL_BSP_SCHEDULE_DELAY", "0"),
         ("OTEL_BSP_SCHEDULE_DELAY", "inf"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "1e300"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "inf"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "5"),
         ("OTEL_TRACES_SAMPLER_ARG", "nan"),

@@ -90,6 +90,8 @@ async def _serve(config: RouterConfig) -> None:
         raise
     await admin.start()
     log.info("listening on %s, admin on %s, model %s", listen, admin_listen, model.name)
+    if tracing:
+        tracing.announce()
     if metrics:
         metrics.announce()
     preload()

@@ -65,6 +65,8 @@ async def _serve(config: StageConfig, name: str) -> None:
     metrics = open_metrics(config, leader, plan.num_blocks, exporter, spans, pushed)
     await server.start()
     log.info("listening on %s", address)
+    if exporter:
+        exporter.announce()
     if metrics:
         metrics.announce()
     supervisor = asyncio.create_task(leader.supervise())

@@ -31,7 +31,7 @@ def service_name(config: StageConfig) -> str:
 
 
 def start_exporter(config: StageConfig) -> SpanExporter | None:
-    """As the OTEL_* variables say; None where no receiver is named. ConfigError names a wrong one."""
+    """As the OTEL_* variables say; None where no spans are wanted. ConfigError names a wrong one."""
     settings = TraceSettings.read(os.environ)
     if settings is None:
         return None

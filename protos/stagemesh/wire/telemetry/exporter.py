@@ -63,6 +63,10 @@ class SpanExporter:
         """Ask `source` for spans at every export from now on."""
         self._sources.append(source)
 
+    def announce(self) -> None:
+        """Say where they go in the log."""
+        log.info("traces to %s every %g s", self.settings.endpoint, self.settings.delay_s)
+
     def wake(self) -> None:
         """Send what there is soon: a buffer is half full."""
         self._wake.set()

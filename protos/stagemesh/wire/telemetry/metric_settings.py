@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from stagemesh.wire.errors import ConfigError
-from stagemesh.wire.telemetry.variables import GRPC, HTTP, Variables
+from stagemesh.wire.telemetry.variables import DEFAULT_ENDPOINTS, GRPC, Variables
 
 EXPORTER_KEY = "OTEL_METRICS_EXPORTER"
 OWN_ENDPOINT_KEY = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
-_DEFAULT_ENDPOINTS = {GRPC: "http://localhost:4317", HTTP: "http://localhost:4318"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +53,9 @@ class MetricSettings:
         value.resource()
         value.transport("METRICS")
         settings = cls(
-            endpoint=endpoint or _DEFAULT_ENDPOINTS[protocol],
+            endpoint=endpoint or DEFAULT_ENDPOINTS[protocol],
             protocol=protocol,
-            interval_s=value.number("OTEL_METRIC_EXPORT_INTERVAL", cls.interval_s * 1e3, low=1) / 1e3,
-            timeout_s=value.number("OTEL_METRIC_EXPORT_TIMEOUT", cls.timeout_s * 1e3, low=1) / 1e3,
+            interval_s=value.seconds("OTEL_METRIC_EXPORT_INTERVAL", cls.interval_s),
+            timeout_s=value.seconds("OTEL_METRIC_EXPORT_TIMEOUT", cls.timeout_s),
         )
         return settings if "otlp" in exporters and not disabled else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from stagemesh.wire.telemetry.names import SPANS_OF_A_STEP
-from stagemesh.wire.telemetry.variables import GRPC, Variables
+from stagemesh.wire.telemetry.variables import DEFAULT_ENDPOINTS, GRPC, Variables
 
 SAMPLERS = (
     "always_on",
@@ -48,12 +48,15 @@ class TraceSettings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Self | None:
-        """None where no receiver is configured, or tracing is off; ConfigError names a variable it cannot use."""
+        """None where neither a receiver nor OTEL_TRACES_EXPORTER=otlp is set, or tracing is off; ConfigError names a
+        variable it cannot use."""
         value = Variables(environment)
         disabled = value.switch("OTEL_SDK_DISABLED")
         exporter = value.choice("OTEL_TRACES_EXPORTER", ("otlp", "none"), "otlp")
         protocol = value.protocol("TRACES")
         endpoint = value.endpoint("TRACES", protocol)
+        if value.text("OTEL_TRACES_EXPORTER") and not endpoint:
+            endpoint = DEFAULT_ENDPOINTS[protocol]
         sampler = value.choice("OTEL_TRACES_SAMPLER", SAMPLERS, cls.sampler)
         ratio = value.number("OTEL_TRACES_SAMPLER_ARG", cls.ratio, low=0, high=1)
         value.resource()
@@ -63,7 +66,7 @@ class TraceSettings:
             protocol=protocol,
             sampler=sampler,
             ratio=ratio,
-            delay_s=value.number("OTEL_BSP_SCHEDULE_DELAY", cls.delay_s * 1e3, low=1) / 1e3,
+            delay_s=value.seconds("OTEL_BSP_SCHEDULE_DELAY", cls.delay_s),
             max_queued=int(value.number("OTEL_BSP_MAX_QUEUE_SIZE", cls.max_queued, low=SPANS_OF_A_STEP)),
             max_batch=int(value.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", cls.max_batch, low=1)),
             max_links=int(value.number("OTEL_SPAN_LINK_COUNT_LIMIT", cls.max_links, low=1)),

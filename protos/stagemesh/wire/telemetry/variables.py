@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import ssl
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +16,11 @@ from stagemesh.wire.errors import ConfigError
 
 GRPC = "grpc"
 HTTP = "http/protobuf"
+DEFAULT_ENDPOINTS = {GRPC: "http://localhost:4317", HTTP: "http://localhost:4318"}
+"""Of the specification, where an exporter is asked for and no receiver named."""
 COMPRESSIONS = ("none", "gzip", "deflate")
+_HEADER_NAME = re.compile(r"[0-9a-z_.-]+(?<!-bin)")
+"""What gRPC sends with a text, of the names in small letters that both exporters make of theirs."""
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "no_content", "")
 
 
@@ -62,13 +70,17 @@ class Variables:
             raise ConfigError(f"{key}: {text} is out of range; expected {low:g}{upper}")
         return value
 
+    def seconds(self, key: str, default_s: float) -> float:
+        """Of milliseconds, 1 at least and no more than a thread can wait."""
+        return self.number(key, default_s * 1e3, low=1, high=threading.TIMEOUT_MAX * 1e3) / 1e3
+
     def transport(self, signal: str) -> None:
         """Check what the OTLP exporters of a signal read by themselves: the one over HTTP takes its default for a timeout or a
-        compression that it cannot use, both leave out headers, and the one over grpc goes on without a file that it cannot
-        read."""
+        compression that it cannot use, both leave out headers and write them into the log, and the one over grpc goes on
+        without a file that it cannot read."""
         for prefix in ("OTEL_EXPORTER_OTLP_", f"OTEL_EXPORTER_OTLP_{signal}_"):
             self.choice(f"{prefix}COMPRESSION", COMPRESSIONS, "none")
-            self.number(f"{prefix}TIMEOUT", 10, low=0.001)
+            self.number(f"{prefix}TIMEOUT", 10, low=0.001, high=threading.TIMEOUT_MAX)
             self._headers(f"{prefix}HEADERS")
             for key in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
                 self._file(f"{prefix}{key}")
@@ -77,17 +89,38 @@ class Variables:
         path = self.text(key)
         try:
             Path(path or os.devnull).open("rb").close()
+            if path and key.endswith("_CERTIFICATE") and not key.endswith("_CLIENT_CERTIFICATE"):
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except ssl.SSLError:
+            raise ConfigError(f"{key}: '{path}' has no certificate in it; expected a PEM file") from None
         except OSError as error:
             raise ConfigError(
                 f"{key}: '{path}' cannot be read ({error.strerror}); expected a PEM file"
             ) from None
 
     def _headers(self, key: str) -> None:
-        """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and the receiver refuses the rest."""
-        for entry in filter(None, (part.strip() for part in self.text(key).split(","))):
-            if not entry.partition("=")[0].strip() or "=" not in entry:
-                # The values are secrets as a rule, so the message shows none.
-                raise ConfigError(f"{key}: an entry is not of the form NAME=VALUE")
+        """Checks NAME=VALUE,...: the exporters leave out what is not of that form, and cannot send all of the rest."""
+        entries = [part.strip() for part in self.text(key).split(",") if part.strip()]
+        if not entries:
+            return
+        try:
+            from opentelemetry.util import re as parser
+        except ModuleNotFoundError:
+            return  # Nor is there an exporter then.
+        # The values are secrets as a rule: neither the parser's log nor the message shows one.
+        parsing = logging.getLogger(parser.__name__)
+        was_disabled, parsing.disabled = parsing.disabled, True
+        try:
+            parsed = [parser.parse_env_headers(entry, liberal=True) for entry in entries]
+        finally:
+            parsing.disabled = was_disabled
+        for entry in parsed:
+            for name, value in entry.items() or [("", "")]:
+                if not (_HEADER_NAME.fullmatch(name) and value.isascii() and value.isprintable()):
+                    raise ConfigError(
+                        f"{key}: an entry is not of the form NAME=VALUE, or has a character that must be "
+                        "percent-encoded or cannot be sent"
+                    )
 
     def protocol(self, signal: str) -> str:
         """grpc or http/protobuf, of a signal's own variable or the one for all of them."""

@@ -36,7 +36,7 @@ class RouterTracing:
 
     @classmethod
     def start(cls, *, listen: str, model_name: str, every_step: bool) -> Self | None:
-        """As the OTEL_* variables say; None where no receiver is named. ConfigError names a wrong one."""
+        """As the OTEL_* variables say; None where none are wanted. ConfigError names a wrong one."""
         settings = TraceSettings.read(os.environ)
         if settings is None:
             return None
@@ -48,6 +48,10 @@ class RouterTracing:
         return self._exporter.num_dropped + sum(
             part.num_dropped for part in (self.server, self.requests, self.steps)
         )
+
+    def announce(self) -> None:
+        """Say where the spans go in the log."""
+        self._exporter.announce()
 
     def close(self) -> None:
         """Send what there is; a receiver that does not answer delays it by two seconds at most."""
