@@ -204,7 +204,7 @@ def test_a_full_prefix_hit_still_computes_the_last_token_into_a_block_of_its_own
     sequence = step.sequences[0]
     assert sequence.first_position == 8
     own = set(lane.scheduler.running.slots.tables[sequence.slot, 2:3].tolist())
-    assert not own & set(lane.scheduler.pool.match(np.array(prompt, np.uint32))[0])
+    assert not own & set(lane.scheduler.pool.match(np.array(prompt, np.uint32), []))
     lane.run_to_end()
     lane.check_end()
 
@@ -227,7 +227,7 @@ def test_a_block_is_found_by_steps_after_the_one_that_fills_it() -> None:
     lane.submit(with_prompt("first", prompt.tolist()))
     for num_steps in range(1, 4):
         step_of(lane)
-        assert len(lane.scheduler.pool.match(prompt)[0]) == num_steps
+        assert len(lane.scheduler.pool.match(prompt, [])) == num_steps
     lane.run_to_end()
     lane.check_end()
 
@@ -246,10 +246,10 @@ def test_generated_tokens_are_found_only_when_their_ids_have_come_back() -> None
     assert len(sequence.keys) == 1
     answer = expected_answer(with_prompt("first", list(range(5)), max_tokens=20))
     known = np.array([*range(5), *answer], np.uint32)
-    assert len(lane.scheduler.pool.match(known)[0]) == 1
+    assert len(lane.scheduler.pool.match(known, [])) == 1
     while lane.in_flight:
         lane.result()
-    assert len(lane.scheduler.pool.match(known)[0]) == 1
+    assert len(lane.scheduler.pool.match(known, [])) == 1
 
 
 # Rule 7
@@ -275,8 +275,8 @@ def test_a_new_epoch_knows_no_prefixes() -> None:
     lane = ScheduledLane(make_limits())
     lane.submit(with_prompt("first", prompt.tolist()))
     lane.run_to_end()
-    assert lane.scheduler.pool.match(prompt)[0]
-    assert not Scheduler(lane.limits).pool.match(prompt)[0]
+    assert lane.scheduler.pool.match(prompt, [])
+    assert not Scheduler(lane.limits).pool.match(prompt, [])
     assert lane.finished["first"] is Finish.LENGTH
 
 

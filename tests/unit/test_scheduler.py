@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from scheduled_lane import ScheduledLane, make_limits, make_request
 from scheduled_stage import END_TOKEN, expected_answer
@@ -207,6 +209,41 @@ def test_out_of_blocks_the_lower_priority_yields() -> None:
     assert list(lane.finished) == ["young", "old"]
 
 
+def test_blocks_of_a_prefix_that_others_own_are_not_needed_twice() -> None:
+    """Eight that begin alike, and room for one that does not."""
+    lane = ScheduledLane(make_limits(num_blocks=20, max_blocks=20))
+    alike = make_request("first", 40, 12).prompt
+    for index in range(8):
+        lane.submit(
+            replace(make_request(f"r{index}", max_tokens=4), prompt=np.append(alike, np.uint32(index)))
+        )
+        if not index:
+            lane.step()
+            lane.result()
+    while lane.scheduler.num_waiting:
+        assert lane.step() or lane.result()
+    assert lane.scheduler.num_running == 8
+    lane.run_to_end()
+    assert lane.scheduler.num_preemptions == 0
+    lane.check_end()
+
+
+def test_prompts_that_wait_for_blocks_are_no_prefill_at_hand() -> None:
+    """They would make steps many and small, and keep a part of each for nothing."""
+    lane = ScheduledLane(make_limits(num_blocks=12, max_blocks=12, step_tokens=16))
+    lane.submit(make_request("runs", 20, 12))
+    lane.step()
+    lane.step()
+    for index in range(4):
+        lane.submit(make_request(f"waits{index}", 30, 2))
+    scheduler = lane.scheduler
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.pool.num_free) == (1, 4, 7)
+    assert scheduler._startable() == 0
+    assert not scheduler._prefill_waits()
+    lane.run_to_end()
+    lane.check_end()
+
+
 def test_nobody_is_admitted_while_one_yields() -> None:
     """Room comes free before the one that yields has left: it came before those that wait, and is the first to get it."""
     lane = ScheduledLane(make_limits(num_blocks=12, max_blocks=12, max_slots=3, lookahead=3, depth=4))
@@ -318,7 +355,7 @@ def test_microbatches_share_the_decodes(num_microbatches: int) -> None:
 
 
 def test_refusals_change_nothing() -> None:
-    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=8, max_waiting=2))
+    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=8, max_waiting=1, max_slots=1))
     with pytest.raises(InvalidArgumentError) as above:
         lane.scheduler.submit(make_request("big", 20, 14), 0.0)
     assert (above.value.reason, above.value.field) == ("ABOVE_KV_CAPACITY", "max_tokens")
@@ -334,6 +371,46 @@ def test_refusals_change_nothing() -> None:
     assert (lane.scheduler.num_waiting, lane.scheduler.num_running) == (2, 0)
     lane.run_to_end()
     lane.check_end()
+
+
+def test_the_queue_holds_those_that_cannot_start() -> None:
+    """Whoever the next step takes does not wait, so an idle lane refuses nobody whom it has a slot and blocks for."""
+    lane = ScheduledLane(make_limits(max_slots=6, num_blocks=10, max_blocks=10, max_waiting=2))
+    for name in "abcdefg":  # two blocks each: five have room
+        lane.submit(make_request(name, max_tokens=1))
+    with pytest.raises(ResourceExhaustedError):
+        lane.scheduler.submit(make_request("h"), 0.0)
+    lane.run_to_end()
+    lane.check_end()
+
+
+def test_without_max_tokens_a_request_may_have_the_whole_lane() -> None:
+    lane = ScheduledLane(make_limits(num_blocks=8, max_blocks=100))
+    lane.scheduler.submit(replace(make_request("long", 20, 300), open_ended=True), 0.0)
+    lane.requests["long"] = make_request("long", 20, 8 * 4 - 20 + 1)
+    lane.run_to_end()
+    lane.check_end()
+    with pytest.raises(InvalidArgumentError, match="prompt of 40 tokens"):
+        lane.scheduler.submit(replace(make_request("no", 40, 300), open_ended=True), 0.0)
+
+
+def test_the_hint_when_to_try_again_does_not_count_idle_time() -> None:
+    def hint(idle_s: float) -> float | None:
+        lane = ScheduledLane(make_limits(max_slots=1, max_waiting=40))
+        for index in range(90):
+            lane.now += 0.1
+            if index == 30:
+                lane.now += idle_s
+            if index < 60:
+                lane.submit(make_request(f"r{index}", max_tokens=1))
+                lane.run_to_end()
+        for index in range(41):
+            lane.submit(make_request(f"q{index}", max_tokens=1))
+        with pytest.raises(ResourceExhaustedError) as full:
+            lane.scheduler.submit(make_request("z"), lane.now)
+        return full.value.retry_after_s
+
+    assert hint(600.0) == hint(0.0)
 
 
 def test_a_result_that_does_not_fit_its_step_is_refused() -> None:

@@ -58,6 +58,7 @@ def check(message: inference_pb2.GenerateRequest, model: ServedModel) -> Request
         request_id=request_id,
         prompt=prompt,
         max_tokens=_max_tokens(message, len(prompt), model.max_context),
+        open_ended=not message.HasField("max_tokens"),
         sampling=_sampling(message, model),
         end_token_ids=frozenset() if message.ignore_eos else model.end_token_ids,
         priority=message.priority,

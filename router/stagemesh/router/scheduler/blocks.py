@@ -103,9 +103,13 @@ class BlockPool:
         self._num_free -= len(last)
         return blocks
 
-    def match(self, tokens: Tokens) -> tuple[list[int], list[bytes]]:
-        """Blocks that hold the longest known prefix of `tokens`, and their keys."""
-        return self._index.match(tokens)
+    def match(self, tokens: Tokens, keys: list[bytes]) -> list[int]:
+        """Blocks that hold the longest known prefix of `tokens`, whose first keys may be known; more are added."""
+        return self._index.match(tokens, keys)
+
+    def num_owned(self, blocks: list[int]) -> int:
+        """How many of them somebody owns: one more owner takes nothing from the free ones."""
+        return int(np.count_nonzero(self._owners[blocks]))
 
     def share(self, blocks: Blocks) -> None:
         """One more owner for blocks that `match` gave."""

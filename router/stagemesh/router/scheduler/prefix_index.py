@@ -39,19 +39,25 @@ class PrefixIndex:
         """Every block whose prefix is known."""
         return self._key_of.keys()
 
-    def match(self, tokens: Tokens) -> tuple[list[int], list[bytes]]:
-        """Blocks that hold the longest known prefix, and their keys. It ends before the last token, which is
-        always computed: it gives the first logits, and a shared block is never written."""
+    def match(self, tokens: Tokens, keys: list[bytes]) -> list[int]:
+        """Blocks that hold the longest known prefix. It ends before the last token, which is always computed: it
+        gives the first logits, and a shared block is never written.
+
+        Args:
+            tokens: Of a prompt.
+            keys: Of its first blocks, from an earlier look; those that this one had to work out are added.
+        """
         blocks: list[int] = []
-        keys: list[bytes] = []
-        for begin in range(0, len(tokens) - self._block_size, self._block_size):
-            unknown = tokens[begin : begin + self._block_size]
-            keys += block_keys(keys[-1] if keys else b"", unknown, self._block_size)
-            block = self._block_of.get(keys[-1])
+        for index in range((len(tokens) - 1) // self._block_size):
+            if index == len(keys):
+                begin = index * self._block_size
+                unknown = tokens[begin : begin + self._block_size]
+                keys += block_keys(keys[-1] if keys else b"", unknown, self._block_size)
+            block = self._block_of.get(keys[index])
             if block is None:
-                return blocks, keys[:-1]
+                break
             blocks.append(block)
-        return blocks, keys
+        return blocks
 
     def publish(self, keys: list[bytes], blocks: list[int]) -> None:
         """From the next step on others may share the blocks. The first to publish a prefix keeps it."""

@@ -46,6 +46,8 @@ class Request:
     """At least one token."""
     max_tokens: int
     """At least 1; prompt + max_tokens fits the context."""
+    open_ended: bool = False
+    """Nobody asked for `max_tokens`: it is what the context leaves, and is cut to what the lane holds."""
     sampling: Sampling = field(default_factory=Sampling)
     end_token_ids: frozenset[int] = frozenset()
     """Empty to ignore end tokens."""

@@ -58,8 +58,19 @@ class Running:
         self.prefilling[sequence.order] = sequence
         self.changes.admitted.append(sequence)
 
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether the whole of its prompt and a token fit what is free; blocks that others of its prefix own cost nothing."""
+        needed = -(-(len(sequence.to_prefill) + 1) // self.limits.block_size)
+        if needed <= self.pool.num_free:
+            return True
+        return needed - self.pool.num_owned(self._prefix(sequence)) <= self.pool.num_free
+
+    def _prefix(self, sequence: Sequence) -> list[int]:
+        return self.pool.match(sequence.to_prefill, sequence.keys) if self.limits.prefix_cache else []
+
     def _share_prefix(self, sequence: Sequence) -> None:
-        blocks, sequence.keys = self.pool.match(sequence.to_prefill) if self.limits.prefix_cache else ([], [])
+        blocks = self._prefix(sequence)
+        del sequence.keys[len(blocks) :]
         sequence.first_position = len(blocks) * self.limits.block_size
         if blocks:
             shared = np.array(blocks, np.int64)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -69,6 +70,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._end_tokens = EndTokens()
         self._ended_at: deque[float] = deque(maxlen=ENDS_KEPT)
+        """When requests ended lately, from when there was work on."""
         self._arrivals = 0
         self._number = 0
         self._in_flight: dict[int, Step] = {}
@@ -80,6 +82,9 @@ class Scheduler:
 
     def submit(self, request: Request, now: float) -> None:
         """Queue a request. Refusals are raised: nothing else of the scheduler changes."""
+        room = self.limits.num_blocks * self.limits.block_size - len(request.prompt) + 1
+        if request.open_ended and room > 0:
+            request = replace(request, max_tokens=min(request.max_tokens, room))
         needed = -(-request.num_positions // self.limits.block_size)
         if needed > self.limits.num_blocks:
             raise InvalidArgumentError(
@@ -89,7 +94,7 @@ class Scheduler:
                 reason="ABOVE_KV_CAPACITY",
                 request_id=request.request_id,
             )
-        if len(self._waiting) >= self.limits.max_waiting:
+        if self._queue_full():
             raise ResourceExhaustedError(
                 f"{len(self._waiting)} requests already wait, the limit of the queue; try again later",
                 reason="QUEUE_FULL",
@@ -103,6 +108,9 @@ class Scheduler:
                 reason="DUPLICATE_REQUEST_ID",
                 request_id=request.request_id,
             )
+        if not self._live:  # what it did before it was idle says nothing of its pace
+            self._ended_at.clear()
+            self._ended_at.append(now)
         self._arrivals += 1
         sequence = Sequence(request, order=self._arrivals, to_prefill=request.prompt)
         self._live[request.request_id] = sequence
@@ -193,8 +201,9 @@ class Scheduler:
         if len(self._in_flight) >= self.pace.max_in_flight:
             return None
         yielded = self.running.num_preemptions
-        decodes = self._pick_decodes()
-        prefills = self._pick_prefills(decodes) if self._prefill_waits else []
+        prefill_waits = self._prefill_waits()
+        decodes = self._pick_decodes(prefill_waits)
+        prefills = self._pick_prefills(decodes) if prefill_waits else []
         # To find blocks for one, another that was already picked may have been asked to yield.
         if self.running.yielding or self.running.num_preemptions > yielded:
             decodes = decodes[self.running.slots.decoding[decodes]]
@@ -265,20 +274,40 @@ class Scheduler:
 
     # Decodes
 
-    @property
     def _prefill_waits(self) -> bool:
-        return bool(self.running.prefilling or (self._waiting and self.running.slots.free))
+        return bool(self.running.prefilling or (self._waiting and self._may_start(self._waiting[0])))
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether a slot is free and the whole of its prompt has room, lest it start only to yield."""
+        return bool(self.running.slots.free) and (not self.num_running or self.running.has_room(sequence))
 
     def _startable(self) -> int:
-        """Positions of prompts that could be computed now. Those that wait for a slot are not among them: large
-        steps would not bring them on."""
-        room = len(self.running.slots.free)
-        if len(self._waiting) <= room:
+        """Positions of prompts that could be computed now. Those that wait for a slot or for blocks are not among
+        them: large steps would not bring them on."""
+        num_starting = self._num_starting()
+        if num_starting == len(self._waiting):
             return self.running.backlog
-        starting = sum(len(sequence.to_prefill) for sequence in self._waiting[:room])
+        starting = sum(len(sequence.to_prefill) for sequence in self._waiting[:num_starting])
         return self.running.backlog - self._waiting_positions + starting
 
-    def _pick_decodes(self) -> Int64:
+    def _queue_full(self) -> bool:
+        """Those whose turn is the next step's are not counted."""
+        count, most = len(self._waiting), self.limits.max_waiting
+        return count >= most and count - self._num_starting() >= most
+
+    def _num_starting(self) -> int:
+        """How many of the queue have a slot and blocks for their prompts, and wait for no more than the next steps."""
+        slots, blocks, size = len(self.running.slots.free), self.pool.num_free, self.limits.block_size
+        count = len(self._waiting)
+        if count <= slots and self._waiting_positions // size + count <= blocks:
+            return count
+        for index, sequence in enumerate(self._waiting[:slots]):
+            blocks -= len(sequence.to_prefill) // size + 1
+            if blocks < 0:
+                return index
+        return min(count, slots)
+
+    def _pick_decodes(self, prefill_waits: bool) -> Int64:
         columns = self.running.slots
         unfinished = columns.decoding & (columns.position < columns.end_position)
         total = unfinished.nonzero()[0]
@@ -286,14 +315,14 @@ class Scheduler:
         self.pace.running(len(total), context, self._startable())
         ready = total[columns.unseen[total] <= self.limits.lookahead]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
-        kept = self.limits.step_tokens // PREFILL_PART if self._prefill_waits else 0
+        kept = self.limits.step_tokens // PREFILL_PART if prefill_waits else 0
         most = max(self.limits.step_tokens - kept, 1)
-        if self._prefill_waits and self.pace.num_microbatches > 1:
+        if prefill_waits and self.pace.num_microbatches > 1:
             # A token that is still on its way would hold up a step that has prefill to go on with.
             recent = columns.last_step[ready] > self._number + 1 - self.pace.num_microbatches
             ready = ready[~(recent & (columns.unseen[ready] > 0))]
         if len(ready):
-            ready = self._share(ready, total, most)
+            ready = self._share(ready, total, most, prefill_waits)
         full = ready[columns.position[ready] == columns.num_blocks[ready] * self.limits.block_size]
         if not len(full):
             return ready
@@ -309,7 +338,7 @@ class Scheduler:
         left_out = np.setdiff1d(full, grown)
         return ready[columns.decoding[ready] & ~np.isin(ready, left_out)]
 
-    def _share(self, ready: Int64, total: Int64, most: int) -> Int64:
+    def _share(self, ready: Int64, total: Int64, most: int, prefill_waits: bool) -> Int64:
         """Of the ready ones, one microbatch's share, by cost: those that waited longest.
 
         Rows that ran together go on together if they are about a share. A row whose token is still on its way
@@ -331,7 +360,7 @@ class Scheduler:
         ready, last = ready[order], last[order]
         sums = np.cumsum(pace.row_weights(positions[order]))
         count = max(int(np.searchsorted(sums, share + lightest / 2, side="right")), 1)
-        if weighs < share / 8 and not self._prefill_waits:
+        if weighs < share / 8 and not prefill_waits:
             # A few that are left over go with a whole group, or the same few would be left over again and again.
             groups = np.flatnonzero(np.r_[last[1:] != last[:-1], True]) + 1
             about = groups[np.abs(sums[groups - 1] - share) <= slack]
@@ -372,13 +401,9 @@ class Scheduler:
             # A chunk for one may have made a younger one yield.
             if sequence.slot >= 0 and sequence.order in running.prefilling:
                 take(sequence)
-        while tokens > 0 and self._waiting and running.slots.free and not running.yielding:
+        while tokens > 0 and self._waiting and not running.yielding:
             sequence = self._waiting[0]
-            # Room for the whole of its prompt, lest it start only to yield.
-            needed = -(-(len(sequence.to_prefill) + 1) // self.limits.block_size)
-            if (needed > self.pool.num_free and self.num_running) or not allowance.most(
-                0, len(sequence.to_prefill)
-            ):
+            if not self._may_start(sequence) or not allowance.most(0, len(sequence.to_prefill)):
                 break
             del self._waiting[0]
             self._waiting_positions -= len(sequence.to_prefill)
@@ -501,5 +526,5 @@ class Scheduler:
         """Until about a tenth of the queue has got on, at the pace at which requests ended lately."""
         if len(self._ended_at) < 2 or now <= self._ended_at[0]:
             return 1.0
-        pace = len(self._ended_at) / (now - self._ended_at[0])
+        pace = (len(self._ended_at) - 1) / (now - self._ended_at[0])
         return min(max(len(self._waiting) / 10 / pace, RETRY_S[0]), RETRY_S[1])

@@ -29,7 +29,7 @@ class Sequence:
     first_position: int = 0
     """Where computing starts after admission: above 0 after a prefix-cache hit."""
     keys: list[bytes] = field(default_factory=list)
-    """Of its leading blocks that are published or shared."""
+    """Of its leading blocks that are published or shared; while it waits, of those that were looked for."""
     num_cached: int = 0
     """Prompt tokens it did not have to compute when it was first admitted."""
     claim: int = -1

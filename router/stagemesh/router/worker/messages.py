@@ -53,7 +53,7 @@ class Kind(enum.IntEnum):
 NUMBER = struct.Struct("<I")
 HEADER = struct.Struct("<IB")
 _END = np.dtype([("handle", "<u4"), ("num_cached", "<u4"), ("finish", "<u1")])
-_SUBMIT = struct.Struct("<IIfIfQdd?iHHI")
+_SUBMIT = struct.Struct("<II?fIfQdd?iHHI")
 
 
 def frame(kind: Kind, content: bytes = b"") -> bytes:
@@ -89,6 +89,7 @@ def pack_submit(handle: int, request: Request, arrived: float) -> bytes:
     head = _SUBMIT.pack(
         handle,
         request.max_tokens,
+        request.open_ended,
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
@@ -109,6 +110,7 @@ def unpack_submit(content: bytes, end_token_ids: frozenset[int]) -> tuple[int, R
     (
         handle,
         max_tokens,
+        open_ended,
         temperature,
         top_k,
         top_p,
@@ -127,6 +129,7 @@ def unpack_submit(content: bytes, end_token_ids: frozenset[int]) -> tuple[int, R
         request_id=content[_SUBMIT.size : id_ends].decode(),
         prompt=np.frombuffer(content, U32, num_prompt, trace_ends),
         max_tokens=max_tokens,
+        open_ended=open_ended,
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         end_token_ids=end_token_ids if has_end else frozenset(),
         priority=priority,
