@@ -45,14 +45,14 @@ def test_one_that_ended_in_time_does_not_end_again() -> None:
 
 
 def test_the_hint_when_to_try_again_follows_the_pace_of_the_queue() -> None:
-    """Ten wait and one ends a second: a tenth of the queue takes a second; at twice the pace, half."""
+    """Ten wait behind the next and one ends a second: a tenth of the queue takes a second; at twice the pace, half."""
     hints = []
     for seconds in (1.0, 0.5):
         lane = ScheduledLane(make_limits(max_slots=1, max_waiting=10))
-        for index in range(10):
+        for index in range(11):
             lane.submit(make_request(f"r{index}", 3, 1))
-        for index in range(10, 40):
-            while len(lane.finished) < index - 9:
+        for index in range(11, 40):
+            while len(lane.finished) < index - 10:
                 if lane.step() is None:
                     lane.now += seconds
                     lane.result()
