@@ -94,6 +94,12 @@ def test_the_last_value_that_is_still_good(mesh: RunningMesh, neighbour: Any) ->
     assert to_the_end.finish_reason == inference_pb2.FINISH_REASON_LENGTH
 
 
+def test_without_max_tokens_an_answer_may_have_all_blocks(tight_mesh: RunningMesh) -> None:
+    answer = generate(tight_mesh, make_prompt(20), None)
+    assert len(answer.token_ids) == tight_mesh.lane.num_blocks * tight_mesh.lane.block_size + 1 - 20
+    assert answer.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+
+
 NOT_BUILT = {
     "stop": ["\n"],
     "logprobs": 0,

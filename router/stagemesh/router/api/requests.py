@@ -177,7 +177,7 @@ class Requests:
         by_port: dict[int, list[End]] = {}
         for sequence, finish in ends:
             live = self._live.get(sequence.request.request_id)
-            if live is None or live.request is not sequence.request:
+            if live is None or live.sequence is not sequence:
                 continue
             if finish is Finish.DEADLINE:
                 error = DeadlineExceededError("the deadline passed before the answer was whole")

@@ -83,8 +83,8 @@ class Scheduler:
     def submit(self, request: Request, now: float) -> None:
         """Queue a request. Refusals are raised: nothing else of the scheduler changes."""
         room = self.limits.num_blocks * self.limits.block_size - len(request.prompt) + 1
-        if request.open_ended and room > 0:
-            request = replace(request, max_tokens=min(request.max_tokens, room))
+        if request.open_ended and 0 < room < request.max_tokens:
+            request = replace(request, max_tokens=room)
         needed = -(-request.num_positions // self.limits.block_size)
         if needed > self.limits.num_blocks:
             raise InvalidArgumentError(
