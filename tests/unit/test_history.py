@@ -161,3 +161,27 @@ async def test_an_id_that_is_used_again_has_the_trace_of_its_last_request() -> N
     trace = kept.trace("a")
     assert trace is not None
     assert (trace.state, trace.output_tokens) == ("running", 0)
+
+
+async def test_a_trace_waits_for_reports_that_came_while_the_router_had_no_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=3.0)
+    monkeypatch.setattr(history, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    stage = a_stage(4, 5)
+    kept = RequestHistory([stage], StepRecords())
+    live, lacking = make_live("a"), make_live("b", first_step=8)
+    for one in (live, lacking):
+        kept.add(one)
+        kept.end(one)
+    clock.now += 60.0
+    kept._settle_due()
+    assert not kept._unread, "it settled before the reports that came meanwhile were read"
+    report(stage, 6)
+    clock.now += history.SETTLE_S
+    kept._settle_due()
+    assert list(kept._unread) == ["a", "b"], "only a stall excuses the reports"
+    trace = kept.trace("a")
+    assert trace is not None
+    assert trace.stages[0].decode.num_steps == 2
+    kept.settle_all()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stagemesh.router.api.live_request import LiveRequest
-from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.stage_link import STALL_S, StageLink
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.lane.timings import BUSY, COLUMNS, STEPS_KEPT, Int64
 from stagemesh.router.tracing.tracing import RouterTracing
@@ -21,7 +21,7 @@ REQUESTS_KEPT = 1_000
 SETTLE_S = 1.0
 """Stages report in batches: the last steps of a request are usually known this long after it ended."""
 MAX_SETTLE_S = 5.0
-"""What the stages have not reported by then is missing in its trace."""
+"""What the stages have not reported by then is missing in its trace, unless the router itself had no turn to read it."""
 POLL_S = 0.02
 SWEEP_S = 2.0
 SAFE_STEPS = STEPS_KEPT * 3 // 8
@@ -76,6 +76,8 @@ class RequestHistory:
         to forget them. Most are gone before that."""
         self._unsettled: deque[tuple[float, LiveRequest]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        """When that timer should go off."""
 
     def add(self, live: LiveRequest) -> None:
         """Keep a request from its admission on."""
@@ -92,20 +94,27 @@ class RequestHistory:
         if len(self._unsettled) > REQUESTS_KEPT:
             self._settle(self._unsettled.popleft()[1])
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._settle_due)
+            self._settle_after(SETTLE_S)
+
+    def _settle_after(self, pause_s: float) -> None:
+        self._due = time.monotonic() + pause_s
+        self._timer = asyncio.get_running_loop().call_later(pause_s, self._settle_due)
 
     def _settle_due(self) -> None:
-        self._timer, now = None, time.monotonic()
+        now = time.monotonic()
+        stalled = self._timer is not None and now - self._due > STALL_S
+        self._timer = None
         while self._unsettled and self._unsettled[0][0] <= now:
             live = self._unsettled.popleft()[1]
-            if self._is_reported(live) or now - live.ended >= MAX_SETTLE_S:
+            # After a stall the reports of that time are still in the sockets: what lacks them waits once more.
+            if self._is_reported(live) or (now - live.ended >= MAX_SETTLE_S and not stalled):
                 self._settle(live)
             else:
                 self._unsettled.append((now + SETTLE_S, live))
         self._read_old()
         if self._unsettled or self._unread:
             pause_s = self._unsettled[0][0] - now if self._unsettled else SWEEP_S
-            self._timer = asyncio.get_running_loop().call_later(min(pause_s, SWEEP_S), self._settle_due)
+            self._settle_after(min(pause_s, SWEEP_S))
 
     def _is_reported(self, live: LiveRequest) -> bool:
         """Whether every stage has said where the time of its last step went."""

@@ -15,7 +15,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane.chain import Member, check_chain
 from stagemesh.router.lane.driving import limits_of
 from stagemesh.router.lane.forming import LinkOpener, open_stages
-from stagemesh.router.lane.stage_link import StageLink
+from stagemesh.router.lane.stage_link import STALL_S, StageLink
 from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Request, Scheduler, Step, StepDeltas
@@ -240,14 +240,26 @@ class Lane:
         """Watch until a stage is lost, or a bug shows, and return how."""
         assert self._lost is not None
         while True:
+            asked = time.monotonic()
             done, _ = await asyncio.wait({self._lost}, timeout=POLL_S)
             if done:
                 return self._lost.result()
+            late_s = time.monotonic() - asked - POLL_S
+            if late_s > STALL_S:
+                self._excuse(late_s)
             if error := self._overdue():
                 return error
             self._pump_soon()  # deadlines pass also where no result comes
             if self._event_log:
                 self._event_log.flush()
+
+    def _excuse(self, late_s: float) -> None:
+        """The router had no turn for so long: what came meanwhile is still to be read, and nobody was silent for it."""
+        log.warning("the router had no turn for %.1f s; its stages are given as much longer", late_s)
+        now = time.monotonic()
+        for stage in self.stages:
+            stage.heard_at = min(now, stage.heard_at + late_s)
+        self._sent_at = {number: min(now, sent + late_s) for number, sent in self._sent_at.items()}
 
     def _overdue(self) -> StageLostError | None:
         """The control plane is the failure detector: silence and unanswered steps name their stage."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _EXECUTE = "/stagemesh.v1.StageService/Execute"
 DESCRIBE_TIMEOUT_S = 3.0
+STALL_S = 1.0
+"""A timer that is later than this shows that the router itself had no turn: what its stages sent is still in the sockets."""
 
 OnResponse = Callable[["StageLink", stage_pb2.ExecuteResponse], None]
 OnLost = Callable[["StageLink", str, str], None]
