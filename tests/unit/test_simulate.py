@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
+from stagemesh.client.cli._main import load_command
 from stagemesh.model.cost import CostModel, StepShape
 from stagemesh.router.scheduler import Scheduler
+from stagemesh.router.simulate.load import Requests, draw
 from stagemesh.router.simulate.pipeline import VirtualPipeline
 from stagemesh.router.simulate.run import parse_changes, run_file
 from stagemesh.router.simulate.simulation import Simulation, simulate, taken_at
@@ -152,6 +156,48 @@ def test_what_all_memory_would_not_hold_is_refused_as_a_router_does() -> None:
     result = simulate(parse({"stages": STAGES, "load": load, "lane": {"num_blocks": 2}}, "test"))
     assert result.num_refused > 0
     assert result.num_finished == 9 - result.num_refused > 0
+    assert result.refused == {"ABOVE_KV_CAPACITY": result.num_refused}
+
+
+def drawn(max_context: int, prompt: dict[str, Any], output: dict[str, Any], stops: float = 0.0) -> Requests:
+    load = {"arrivals": "at_once", "requests": 200, "prompt": prompt, "output": output, "stops": stops}
+    one = spec(load=load, lane={"max_context": max_context})
+    return draw(one.load, one.lane)
+
+
+def test_lengths_that_fit_the_context_are_simulated_as_they_are() -> None:
+    whole = drawn(100, {"fixed": 90}, {"fixed": 10}, stops=1.0)
+    assert (set(whole.prompts), set(whole.outputs), whole.num_cut) == ({90}, {10}, 0)
+    request = whole.request(0)
+    assert (len(request.prompt), request.max_tokens) == (90, 10)
+    assert set(drawn(100, {"fixed": 2}, {"fixed": 98}).outputs) == {98}
+
+
+def test_drawn_lengths_are_cut_to_the_context_and_counted() -> None:
+    both, whole = (drawn(one, {"uniform": [10, 80]}, {"uniform": [20, 90]}) for one in (100, 1000))
+    assert both.prompts.tolist() == whole.prompts.tolist()
+    assert both.outputs.tolist() == np.minimum(whole.outputs, 100 - whole.prompts).tolist()
+    assert both.num_cut == (whole.prompts + whole.outputs > 100).sum() > whole.num_cut == 0
+    tail = drawn(100, {"lognormal": [60, 1.0]}, {"fixed": 5})
+    assert (tail.prompts.max(), set(tail.outputs)) == (95, {5})
+    assert tail.num_cut == (tail.prompts == 95).sum() > 0
+    load = {"arrivals": "at_once", "requests": 9, "prompt": {"lognormal": [9000, 0]}, "output": {"fixed": 2}}
+    assert simulate(spec(load=load)).as_dict()["num_cut"] == 9
+
+
+def test_what_was_refused_or_cut_is_said(tmp_path: Path) -> None:
+    load = {"arrivals": "at_once", "requests": 9, "prompt": {"lognormal": [9000, 0]}, "output": {"fixed": 2}}
+    file = tmp_path / "mesh.yaml"
+    file.write_text(yaml.safe_dump({"stages": STAGES, "load": load, "lane": {"num_blocks": 4}}))
+    shown = StringIO()
+    with redirect_stdout(shown):
+        load_command("simulate").main(
+            args=[str(file), "--what-if", "load.prompt={fixed: 8}"], standalone_mode=False
+        )
+    assert "as it is: refused: 9 ABOVE_KV_CAPACITY\n" in shown.getvalue()
+    assert "as it is: 9 of 9 requests were longer than lane.max_context and cut\n" in shown.getvalue()
+    assert "}: refused" not in shown.getvalue()
+    assert "}: 9 of" not in shown.getvalue()
 
 
 def test_a_load_of_nothing_takes_no_time() -> None:
@@ -194,6 +240,17 @@ def test_variants_change_the_keys_they_name(tmp_path: Path) -> None:
     assert variants["slow"].link.latency == 7 * MS
     names = [result.name for result in run_file(file, ["link.latency=1s"])]
     assert names == ["as it is", "slow", "link.latency=1s"]
+    kinds = variant(
+        content, parse_changes("load.prompt={uniform: [1, 5]},load.output.uniform=[2, 6]"), "kinds"
+    ).load
+    assert (kinds.prompt.uniform, kinds.output.uniform) == ((1, 5), (2, 6))
+    nested = variant(
+        content, {"load": {"prompt": {"lognormal": [3, 1]}}, "load.output.uniform": [2, 9]}, "nested"
+    )
+    assert nested.load.prompt.lognormal == (3, 1)
+    assert nested.load.requests == 1
+    with pytest.raises(ConfigError, match="load.prompt: expected one of fixed"):
+        variant(content, {"load.prompt": {"fixed": 1, "uniform": [1, 5]}}, "two kinds")
     assert parse_changes("stages.split=[1, 2],link.latency=5ms") == {
         "stages.split": [1, 2],
         "link.latency": "5ms",
@@ -246,6 +303,18 @@ STAGES = {"count": 2, "cost": "1ms"}
         (
             {"stages": {"count": 2, "cost": "9" * 400 + "s"}, "load": LOAD},
             "stages.cost: .* more than an hour",
+        ),
+        (
+            {"stages": STAGES, "load": LOAD | {"prompt": {"fixed": 10000}}},
+            "load.prompt: 10000 .* at most 8189",
+        ),
+        (
+            {"stages": STAGES, "load": LOAD | {"output": {"fixed": 20000}}},
+            "load.output: 20000 .* at most 8188",
+        ),
+        (
+            {"stages": STAGES, "load": LOAD | {"prompt": {"uniform": [1, 95]}}, "lane": {"max_context": 97}},
+            "load.prompt: 95 .* at most 94",
         ),
         ("nothing", "expected a mapping"),
     ],

@@ -48,6 +48,8 @@ def _simulate(
     console = make_console()
     console.print(_figures(results))
     console.print(_stages(results))
+    for line in _remarks(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(results: list[SimulationResult]) -> Table:
@@ -85,6 +87,20 @@ def _stages(results: list[SimulationResult]) -> Table:
             )
         table.add_row(str(index), *cells)
     return table
+
+
+def _remarks(results: list[SimulationResult]) -> list[str]:
+    """What of the load was not run as the file asks for it, run by run."""
+    lines = []
+    for one in results:
+        if one.refused:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.refused.items()))
+            lines.append(f"{one.name}: refused: {reasons}")
+        if one.num_cut:
+            lines.append(
+                f"{one.name}: {one.num_cut:,} of {one.num_requests:,} requests were longer than lane.max_context and cut"
+            )
+    return lines
 
 
 def _mean_bubble(result: SimulationResult) -> float:

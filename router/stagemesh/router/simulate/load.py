@@ -35,6 +35,9 @@ class Requests:
     shared_prefix: int
     tokens: npt.NDArray[np.uint32]
     """What prompts are cut from."""
+    max_context: int
+    num_cut: int
+    """Of them: drawn longer than the context, prompt and answer together, and cut to it."""
 
     def __len__(self) -> int:
         return len(self.arrivals_ns)
@@ -50,14 +53,14 @@ class Requests:
         return Request(
             request_id=str(index),
             prompt=np.concatenate((self.tokens[: min(length, self.shared_prefix)], own)),
-            max_tokens=output * MAX_TOKENS_FACTOR if stops else output,
+            max_tokens=min(output * MAX_TOKENS_FACTOR, self.max_context - length) if stops else output,
             sampling=_GREEDY,
             end_token_ids=frozenset((END_TOKEN,)) if stops else frozenset(),
         )
 
 
 def draw(load: Load, lane: LaneSpec) -> Requests:
-    """Draw every request of the load; a prompt is cut to half the context, an answer to a quarter."""
+    """Draw every request of the load; what does not fit the context is cut, the prompt only where it leaves no answer."""
     random = np.random.default_rng(load.seed)
     if load.arrivals == "at_once":
         assert load.requests is not None
@@ -69,14 +72,18 @@ def draw(load: Load, lane: LaneSpec) -> Requests:
         if load.duration is not None:
             arrivals = arrivals[arrivals < load.duration]
     count = len(arrivals)
-    longest = lane.max_context // 2
+    drawn_prompts, drawn_outputs = (_lengths(one, count, random) for one in (load.prompt, load.output))
+    prompts = np.minimum(drawn_prompts, lane.max_context - load.output.lowest)
+    outputs = np.minimum(drawn_outputs, lane.max_context - prompts)
     return Requests(
         arrivals_ns=arrivals,
-        prompts=np.minimum(_lengths(load.prompt, count, random), longest),
-        outputs=np.minimum(_lengths(load.output, count, random), max(1, longest // MAX_TOKENS_FACTOR)),
+        prompts=prompts,
+        outputs=outputs,
         stops=random.random(count) < load.stops,
         shared_prefix=load.shared_prefix,
         tokens=random.integers(1, VOCAB, max(_DRAWN, load.shared_prefix) * 2).astype(np.uint32),
+        max_context=lane.max_context,
+        num_cut=int(((prompts < drawn_prompts) | (outputs < drawn_outputs)).sum()),
     )
 
 

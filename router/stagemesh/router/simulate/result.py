@@ -49,6 +49,10 @@ class SimulationResult:
     num_finished: int
     num_refused: int
     """By the waiting queue, or because all KV blocks there are would not hold it."""
+    refused: dict[str, int]
+    """The same, by the reason of the error: keys of docs/errors.md."""
+    num_cut: int
+    """Requests drawn longer than the context and cut to it."""
     output_tokens: int
     output_tokens_per_s: float
     prompt_tokens_per_s: float

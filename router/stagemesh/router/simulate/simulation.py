@@ -7,7 +7,7 @@ the steps. So the events are two sorted sequences, and no queue of events is nee
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +76,9 @@ class Simulation:
         self._first_ns = np.full(count, -1)
         self._gaps: list[Int64] = []
         self._active = ActiveTime()
-        self._num_finished = self._num_refused = self._num_rows = self._num_ignored = self._num_steps = 0
+        self._num_finished = self._num_rows = self._num_ignored = self._num_steps = 0
         self._num_output = 0
+        self._refused: Counter[str] = Counter()
 
     def run(self) -> SimulationResult:
         """Until every request has ended."""
@@ -106,8 +107,8 @@ class Simulation:
     def _submit(self, index: int, now: int) -> None:
         try:
             self.scheduler.submit(self._requests.request(index), now / 1e9)
-        except (ResourceExhaustedError, InvalidArgumentError):
-            self._num_refused += 1
+        except (ResourceExhaustedError, InvalidArgumentError) as error:
+            self._refused[error.reason] += 1
 
     def _pump(self, now: int) -> None:
         leaves_ns, admit_ns = now, 0  # what the first of them takes is a part of router.step
@@ -201,7 +202,9 @@ class Simulation:
             virtual_s=seconds,
             num_requests=len(requests),
             num_finished=self._num_finished,
-            num_refused=self._num_refused,
+            num_refused=self._refused.total(),
+            refused=dict(self._refused),
+            num_cut=requests.num_cut,
             output_tokens=self._num_output,
             output_tokens_per_s=self._num_output / seconds,
             prompt_tokens_per_s=scheduler.num_prompt_tokens / seconds,

@@ -19,6 +19,8 @@ _ALIKE, _LISTED = "alike", "listed"
 """The two ways of giving stages."""
 MOST_REQUESTS = 10_000_000
 """Of a load: each has columns, drawn before anything runs."""
+_ONE_OF = (("load", "prompt"), ("load", "output"))
+"""Keys that hold one kind of several: a variant replaces it, where it changes other keys and keeps their neighbours."""
 _ROUTER_DEFAULTS = RouterConfig.model_fields
 
 
@@ -142,6 +144,16 @@ class Distribution(_Section):
             raise ValueError("lognormal: expected [median, sigma], the median at least 1, sigma at least 0")
         return self
 
+    @property
+    def lowest(self) -> int:
+        """Of all lengths that it can give."""
+        return self.fixed or (self.uniform[0] if self.uniform else 1)
+
+    @property
+    def highest(self) -> int | None:
+        """None: not bounded by the file but by the context, to which a lognormal length is cut."""
+        return self.fixed or (self.uniform[1] if self.uniform else None)
+
 
 class Load(_Section):
     """Who asks for what, and when."""
@@ -217,6 +229,20 @@ class SimulationSpec(_Section):
             raise ValueError(f"stages.count is {stages.count}, but there are {self.layers.count} layers")
         return self
 
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        """What is given by its bounds is never cut: a load of other lengths would be simulated than was asked for."""
+        load, context = self.load, self.lane.max_context
+        keys = (("load.prompt", load.prompt, load.output), ("load.output", load.output, load.prompt))
+        for key, one, other in sorted(keys, key=lambda each: each[1].highest or 0, reverse=True):
+            room = max(1, context - other.lowest)
+            if one.highest is not None and one.highest > room:
+                raise ValueError(
+                    f"{key}: {one.highest} tokens can never fit; expected at most {room}, what lane.max_context {context} "
+                    f"leaves beside the shortest {'answer' if one is load.prompt else 'prompt'}, {other.lowest}"
+                )
+        return self
+
     @property
     def split(self) -> tuple[int, ...]:
         """Layers of each stage; empty where costs are given."""
@@ -279,20 +305,24 @@ def variant(content: Mapping[str, Any], changes: Mapping[str, Any], name: str) -
     return parse(merged, name)
 
 
-def _changed(content: Any, keys: list[str], value: Any, name: str) -> Any:
+def _changed(content: Any, keys: list[str], value: Any, name: str, at: tuple[str, ...] = ()) -> Any:
+    """`content`, which is at `at` in the file, with the value at `keys` changed."""
     key, rest = keys[0], keys[1:]
     if isinstance(content, list):
         if not key.isdigit() or int(key) >= len(content):
             raise ConfigError(f"{name}: '{key}' is not an index below {len(content)}")
         changed = list(content)
-        changed[int(key)] = _changed(content[int(key)], rest, value, name) if rest else value
+        changed[int(key)] = _changed(content[int(key)], rest, value, name, (*at, key)) if rest else value
         return changed
     have = dict(content) if isinstance(content, Mapping) else {}
+    here = (*at, key)
+    if at in _ONE_OF:
+        have = {kind: have[kind] for kind in have if kind == key}
     if rest:
-        have[key] = _changed(have.get(key, {}), rest, value, name)
-    elif isinstance(value, Mapping) and isinstance(have.get(key), Mapping):
+        have[key] = _changed(have.get(key, {}), rest, value, name, here)
+    elif isinstance(value, Mapping) and isinstance(have.get(key), Mapping) and here not in _ONE_OF:
         for inner, one in value.items():
-            have[key] = _changed(have[key], [str(inner)], one, name)
+            have[key] = _changed(have[key], [str(inner)], one, name, here)
     else:
         have[key] = value
     return have
