@@ -249,7 +249,7 @@ def test_variants_change_the_keys_they_name(tmp_path: Path) -> None:
     )
     assert nested.load.prompt.lognormal == (3, 1)
     assert nested.load.requests == 1
-    with pytest.raises(ConfigError, match="load.prompt: expected one of fixed"):
+    with pytest.raises(ConfigError, match=r"load\.prompt: expected one of fixed"):
         variant(content, {"load.prompt": {"fixed": 1, "uniform": [1, 5]}}, "two kinds")
     assert parse_changes("stages.split=[1, 2],link.latency=5ms") == {
         "stages.split": [1, 2],
