@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -128,6 +130,37 @@ def test_parts_are_measured_here(tmp_path: Path) -> None:
     assert sum(measured["present_split"]) == 6
     assert measured["gain"] >= 1
     assert any("stages take by themselves" in note for note in measured["notes"])
+
+
+def test_a_cpu_is_given_no_memory_of_a_gpu(tmp_path: Path) -> None:
+    model = str(make_model(tmp_path))
+    command = [sys.executable, "-m", "stagemesh.client.cli", "plan", model, "--stages", "3"]
+    command += ["--measure", "here", "--rows", "2", "--context", "20"]
+    # A process of its own: torch warns of a buffer that cannot be written once in a process.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    assert "measured on this machine's CPU" in done.stdout
+    assert "replicas" not in done.stdout
+    assert "KV blocks of" not in done.stdout
+    known = run(model, "--measure", "here", "--rows", "2", "--context", "20", "--memory", "1GB")
+    assert len(known["kv_blocks"]) == 2
+    assert any("replicas" in note for note in known["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--measure", "127.0.0.1:1", "--rows", "64"], "--rows: no effect"),
+        (["--measure", "127.0.0.1:1", "--context", "9", "--prefill", "1"], "--context, --prefill: no effect"),
+        (["--measure", "127.0.0.1:1", "--memory", "80GB"], "--memory: no effect"),
+        (["model", "--measure", "127.0.0.1:1"], "MODEL: no effect"),
+        (["model", "--measure", "here", "--dtype", "float16"], "--dtype: no effect with --measure here"),
+        (["model", "--measure", "here", "--device-tb-s", "1"], "--device-tb-s: no effect"),
+    ],
+)
+def test_flags_that_change_nothing_are_refused_by_name(flags: list[str], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        run(*flags)
 
 
 def test_a_worked_out_plan_says_what_it_gains_over_the_split_by_weights(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def _seconds(source: ModelSource, layers: range, shape: StepShape) -> float:
         )
         batch = step_batch(shape, blocks, config)
         tokens = np.zeros(batch.num_tokens, np.int64) if layers.start == 0 else None
-        hidden = memoryview(bytes(4 * batch.num_tokens * config.hidden_size))
+        hidden = memoryview(bytearray(4 * batch.num_tokens * config.hidden_size))
         times = []
         for _ in range(ROUNDS):
             began = time.perf_counter()

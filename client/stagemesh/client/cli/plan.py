@@ -24,6 +24,18 @@ WORTH = 1.005
 """Gains below it are not spoken of."""
 HERE = "here"
 """--measure's word for this machine."""
+DEVICE_MEMORY = "80GB"
+WORKED_OUT = {"bandwidth": "--device-tb-s", "tflops": "--device-tflops", "dtype": "--dtype"}
+"""Parameters that say what a device would take: nothing is to be worked out where it was measured."""
+OF_A_MODEL = {
+    "model": "MODEL",
+    "rows": "--rows",
+    "context": "--context",
+    "prefill": "--prefill",
+    "memory": "--memory",
+    **WORKED_OUT,
+}
+"""Parameters that a running mesh has no use for: its model is loaded, its times are those of its load."""
 
 
 def command() -> Any:
@@ -32,6 +44,7 @@ def command() -> Any:
 
 
 def _plan(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Path of a Hugging Face folder or a GGUF file; its config is enough.")
     ] = None,
@@ -47,7 +60,13 @@ def _plan(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences that decode in a step.")] = 64,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of each of them so far.")] = 1024,
     prefill: Annotated[int, typer.Option("--prefill", min=0, help="Prompt tokens in the step.")] = 0,
-    memory: Annotated[str, typer.Option("--memory", help="Of one device, such as 80GB.")] = "80GB",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help=f"Of one device; default {DEVICE_MEMORY}, and none with --measure here, which then says nothing of KV.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         float, typer.Option("--device-tb-s", min=0.001, help="Of one device: TB/s of memory read.")
     ] = 4.3,
@@ -57,6 +76,8 @@ def _plan(
 ) -> None:
     """Embedding and head are weighed in: the head costs layers in decode and next to nothing in prefill."""
     try:
+        if measure:
+            _refuse_unused(ctx, measure)
         if measure and measure != HERE:
             lines = _of_mesh(measure, num_stages)
         else:
@@ -68,7 +89,7 @@ def _plan(
                     rows=rows,
                     context=context,
                     prefill=prefill,
-                    memory=_size(memory),
+                    memory=None if measure and memory is None else _size(memory or DEVICE_MEMORY),
                     bytes_per_s=bandwidth * 1e12,
                     flops=tflops * 1e12,
                     dtype=dtype,
@@ -90,7 +111,8 @@ class _Question:
     rows: int
     context: int
     prefill: int
-    memory: int
+    memory: int | None
+    """Of one device; None: not known, as of a CPU."""
     bytes_per_s: float
     flops: float
     dtype: str
@@ -107,6 +129,7 @@ class PlanView:
     weight_bytes: tuple[int, ...]
     """Of each stage; empty where the model is not known."""
     kv_blocks: tuple[int, ...]
+    """Of each stage; empty where the model or the memory is not known."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,6 +195,20 @@ def _bubbles(proposal: Proposal) -> tuple[float, ...]:
     from stagemesh.router.bubble import bubble_share
 
     return tuple(bubble_share(one, proposal.slowest_s) for one in proposal.times_s)
+
+
+def _refuse_unused(ctx: typer.Context, measure: str) -> None:
+    """ConfigError that names what was given and would change nothing."""
+    unused = WORKED_OUT if measure == HERE else OF_A_MODEL
+    given = [
+        name
+        for parameter, name in unused.items()
+        if (source := ctx.get_parameter_source(parameter)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: no effect with --measure {measure}, which measures; leave it out"
+        )
 
 
 def _of_mesh(address: str, num_stages: int | None) -> PlanView:
@@ -256,7 +293,8 @@ def _of_model(question: _Question) -> PlanView:
             config, layers, whole, has_embedding=index == 0, has_head=index == question.num_stages - 1
         )
         weights.append(held * itemsize)
-        blocks.append(max(0, question.memory - weights[-1]) // _block_bytes(config, count, itemsize))
+        if question.memory is not None:
+            blocks.append(max(0, question.memory - weights[-1]) // _block_bytes(config, count, itemsize))
     return PlanView(
         proposal=proposal,
         present=default,
@@ -269,13 +307,18 @@ def _of_model(question: _Question) -> PlanView:
             _head_note(part),
             _gain_note(proposal, default, "the split that stages take by themselves"),
             f"the slowest stage takes {proposal.slowest_s * 1e3:.3f} ms: a full pipeline uses {proposal.efficiency:.1%} "
-            f"of its stages; the lane has {min(blocks):,} KV blocks of {BLOCK} tokens",
-            _replica_note(config, question, itemsize),
+            "of its stages"
+            + (f"; the lane has {min(blocks):,} KV blocks of {BLOCK} tokens" if blocks else ""),
+            *(
+                ()
+                if question.memory is None
+                else (_replica_note(config, question, itemsize, question.memory),)
+            ),
         ),
     )
 
 
-def _replica_note(config: ModelConfig, question: _Question, itemsize: int) -> str:
+def _replica_note(config: ModelConfig, question: _Question, itemsize: int, memory: int) -> str:
     from stagemesh.model.deal import deal
     from stagemesh.model.shard_shapes import shard_parameters
 
@@ -284,8 +327,8 @@ def _replica_note(config: ModelConfig, question: _Question, itemsize: int) -> st
         config, layers, deal(config, 1)[0], has_embedding=True, has_head=True
     )
     kv = _block_bytes(config, config.num_layers, itemsize) * question.rows * -(-question.context // BLOCK)
-    name = f"one device of {format_size(question.memory)}"
-    if weights + kv <= question.memory:
+    name = f"one device of {format_size(memory)}"
+    if weights + kv <= memory:
         return (
             f"the model fits {name} with the KV of these rows ({format_size(weights + kv)}): {question.num_stages} replicas "
             "of one device beat any pipeline of them, in throughput and in latency"

@@ -168,7 +168,7 @@ class TorchEngine(HostEngine):
         first = self._model.embedding is not None
         for start, count in ((0, min(2, block_size - 1)), (min(2, block_size - 1), 1)):
             batch = _warm_up_batch(start, count)
-            hidden = memoryview(bytes(count * self._config.hidden_size * self._dtype.itemsize))
+            hidden = memoryview(bytearray(count * self._config.hidden_size * self._dtype.itemsize))
             self.run(
                 batch,
                 arrived_ns=time.monotonic_ns(),
