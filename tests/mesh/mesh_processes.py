@@ -15,6 +15,8 @@ from typing import TypeVar
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
+PATIENCE_S = 30.0
+"""How long a stage may be silent: a busy machine keeps it so for longer than the router's default allows."""
 POLL_S = 0.02
 T = TypeVar("T")
 
@@ -130,10 +132,11 @@ def start_stage(
 
 
 def start_router(folder: Path, model: Path, addresses: Sequence[str], flags: Sequence[str] = ()) -> Service:
-    """`stagemesh router` on free ports."""
+    """`stagemesh router` on free ports, patient with stages unless the flags say how long to wait for a heartbeat."""
     stages = [part for address in addresses for part in ("--stage", address)]
     ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
-    return Service("router", ["router", "--model", str(model), *stages, *ports, *flags], folder)
+    heartbeat = () if "--heartbeat-timeout-s" in flags else ("--heartbeat-timeout-s", str(PATIENCE_S))
+    return Service("router", ["router", "--model", str(model), *stages, *ports, *heartbeat, *flags], folder)
 
 
 def address_of(stage: Service) -> str:

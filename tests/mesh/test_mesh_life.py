@@ -9,14 +9,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from mesh_calls import generate, make_prompt, read_refusal, refusal, start
+from mesh_calls import generate, make_prompt, read_answer, read_refusal, refusal, start
 from mesh_processes import is_alive, wait_for
 from running_mesh import CALL_TIMEOUT_S, RunningMesh
 
 from stagemesh.v1 import admin_pb2
 
-HEARTBEAT_S = 5.0
-"""Above what a busy machine keeps a stage silent for."""
+HEARTBEAT_S = 8.0
+"""Above what a busy machine keeps a stage silent for, and below the 10 s after which the channel's keepalive speaks first."""
 PROMPT = make_prompt(13)
 
 
@@ -179,13 +179,24 @@ def test_drain_lets_what_runs_finish_and_takes_nothing_new(frail: RunningMesh) -
     assert refused.reason == "DRAINING"
     returned = drain.done()
     assert not (returned and frail.status().num_running), "it returned while a request ran"
-    assert sum(len(response.token_ids) for response in call) == 119
+    assert read_answer(call).usage.completion_tokens == 120
     assert drain.result().num_left == 0
     frail.restart_router()
 
 
+def drain_briefly(frail: RunningMesh) -> admin_pb2.DrainResponse:
+    """With a deadline that passes while a request runs; asked again where the answer, 1 s ahead of it, came too late."""
+    for _ in range(2):
+        try:
+            return frail.admin.Drain(admin_pb2.DrainRequest(), timeout=2.0)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+    return frail.admin.Drain(admin_pb2.DrainRequest(), timeout=2.0)
+
+
 def test_drain_says_how_many_are_left_at_its_deadline(frail: RunningMesh) -> None:
     call = start(frail, max_tokens=1900)
-    assert frail.admin.Drain(admin_pb2.DrainRequest(), timeout=2.0).num_left == 1
+    assert drain_briefly(frail).num_left == 1
     call.cancel()
     frail.restart_router()
