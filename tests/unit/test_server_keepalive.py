@@ -28,8 +28,9 @@ SPEED_UP = 20
 
 async def test_a_client_that_stops_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after pings that it answered, between which nothing was sent."""
+    # The time an answer may take stays: a busy machine needs it.
     faster = tuple(
-        (key, value // SPEED_UP if key in ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms") else value)
+        (key, value // SPEED_UP if key == "grpc.keepalive_time_ms" else value)
         for key, value in service.SERVER_OPTIONS
     )
     monkeypatch.setattr(service, "SERVER_OPTIONS", faster)
