@@ -6,11 +6,14 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpu_facts import utc_now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Report:
     as_json: bool
     rows: list[Row] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the object says, such as the commit."""
+    """What else the object says."""
 
     def add(
         self,
@@ -84,6 +87,8 @@ class Report:
             "benchmark": self.benchmark,
             "machine": machine(),
             "command": shlex.join(["python", *sys.argv]),
+            "commit": commit(),
+            "time": utc_now(),
             **self.facts,
             "results": [asdict(row) for row in self.rows],
         }
@@ -93,6 +98,20 @@ class Report:
         """Print the JSON object if it was asked for."""
         if self.as_json:
             print(self.text())
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Of the checkout that holds `folder`, "+" after it where tracked files have changed; empty where there is none."""
+    try:
+        head = _git(folder, "rev-parse", "--short", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def machine() -> str:
