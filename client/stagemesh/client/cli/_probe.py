@@ -12,6 +12,7 @@ from stagemesh.client import AsyncClient
 from stagemesh.client._channel import CHANNEL_OPTIONS
 from stagemesh.v1 import admin_pb2 as pb
 from stagemesh.v1 import admin_pb2_grpc
+from stagemesh.wire.errors import DeadlineExceededError, UnavailableError
 
 _PAUSE_S = 0.1
 _TIMEOUT_S = 2.0
@@ -38,10 +39,19 @@ class MeshProbe:
         channel = grpc.aio.insecure_channel(self._admin, CHANNEL_OPTIONS)
         stub: Any = admin_pb2_grpc.AdminServiceStub(channel)
         async with AsyncClient(self._address) as client, channel:
-            while not await client.ready(timeout=_TIMEOUT_S):
+            while not await self._is_ready(client):
                 self._on_progress(await _progress(stub))
                 await asyncio.sleep(_PAUSE_S)
+
+    async def _is_ready(self, client: AsyncClient) -> bool:
+        """Whether it takes requests and has said what it serves; what waiting may mend is a no."""
+        if not await client.ready(timeout=_TIMEOUT_S):
+            return False
+        try:
             self.model_name = (await client.model(timeout=_TIMEOUT_S)).name
+        except (DeadlineExceededError, UnavailableError):
+            return False
+        return True
 
 
 async def _progress(stub: Any) -> str:
