@@ -7,14 +7,14 @@ from concurrent import futures
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from scripted_router import ScriptedRouter
+from scripted_router import WAIT_S, ScriptedRouter
 
 from stagemesh.client.cli import main
 
 
 def run(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(("health", *args))
+        main(("health", *args, "--timeout", f"{WAIT_S:g}"))
     output = capsys.readouterr()
     return int(caught.value.code or 0), output.out, output.err
 

@@ -431,7 +431,7 @@ def test_it_reconnects_to_a_server_that_came_back(router: ScriptedRouter, client
 
 
 def test_ready_follows_the_health_service(router: ScriptedRouter, client: Client) -> None:
-    assert client.ready() is True
+    assert client.ready(timeout=60) is True
     router.set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
     assert client.ready() is False
     with pytest.raises(DeadlineExceededError, match="was not ready within"):
@@ -439,7 +439,7 @@ def test_ready_follows_the_health_service(router: ScriptedRouter, client: Client
     timer = threading.Timer(0.3, router.set_health, [health_pb2.HealthCheckResponse.SERVING])
     timer.start()
     client.wait_ready(timeout=60)
-    assert client.ready() is True
+    assert client.ready(timeout=60) is True
     timer.join()
 
 

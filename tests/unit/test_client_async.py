@@ -65,7 +65,7 @@ async def test_the_rest_of_the_surface(router: ScriptedRouter, client: AsyncClie
     assert (await client.complete(token_ids=[1])).text == "Hello world"
     assert (await client.model()).max_context == 64
     assert await client.abort("nobody") is False
-    assert await client.ready() is True
+    assert await client.ready(timeout=60) is True
     router.set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
     assert await client.ready() is False
     with pytest.raises(DeadlineExceededError, match="was not ready within"):
@@ -158,7 +158,7 @@ async def test_retries(router: ScriptedRouter) -> None:
 
 
 async def test_it_reconnects_to_a_server_that_came_back(router: ScriptedRouter, client: AsyncClient) -> None:
-    assert await client.ready()
+    assert await client.ready(timeout=60)
     router.stop()
     with pytest.raises(UnavailableError, match="no connection to"):
         await client.complete("hi")

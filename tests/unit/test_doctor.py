@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-from scripted_router import ScriptedRouter
+from scripted_router import WAIT_S, ScriptedRouter
 
 from stagemesh.client.cli import main
 from stagemesh.client.doctor import echo_server, gpus, limits, peer, route, versions
@@ -29,6 +29,13 @@ from stagemesh.stage.config import StageConfig
 from stagemesh.v1 import doctor_pb2 as pb
 from stagemesh.v1 import doctor_pb2_grpc
 from stagemesh.wire.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer on a busy machine takes its time; no test here is of the limits."""
+    monkeypatch.setattr("stagemesh.client.doctor.peer._TIMEOUT_S", WAIT_S)
+    monkeypatch.setattr("stagemesh.client.doctor.echo._CALL_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture
@@ -273,7 +280,7 @@ def test_the_server_is_bounded_and_on_loopback_unless_told(echo: EchoServer) -> 
     with pytest.raises(ConfigError, match="--insecure"):
         EchoServer("0.0.0.0:0")
     with grpc.insecure_channel(echo.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        doctor_pb2_grpc.DoctorServiceStub(channel).Echo(pb.EchoRequest(reply_bytes=1 << 30), timeout=5)
+        doctor_pb2_grpc.DoctorServiceStub(channel).Echo(pb.EchoRequest(reply_bytes=1 << 30), timeout=WAIT_S)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
