@@ -165,3 +165,29 @@ def test_a_call_is_timed_in_a_graph_that_all_ranks_replay_together(monkeypatch: 
     assert done[: len(warm_up) + 1 + len(captured)] == [*warm_up, "synchronize", *captured]
     timed = ["event", *["replay", "event"] * reduce.REPLAYS, "synchronize"]
     assert done[-len(timed) - 3 :] == ["replay", "synchronize", "barrier", *timed]
+
+
+@pytest.mark.parametrize("content", ["", '{"a GPU x2 8 torch.float32 in a gra'])
+def test_a_file_that_was_cut_off_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    Ranks(monkeypatch)
+    cache = tmp_path / "all-reduce.json"
+    cache.write_text(content)
+    reducer = make(SharedReducer)
+    reducer.measure(cache, times(by_rows, []))
+    assert reducer.kind(64) == "one_shot"
+    assert len(json.loads(cache.read_text())) == 1
+    assert list(tmp_path.iterdir()) == [cache]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_next_start_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    Ranks(monkeypatch)
+    (tmp_path / "file").touch()
+    reducer = make(SharedReducer)
+    reducer.measure(tmp_path / "file" / "all-reduce.json", times(by_rows, []))
+    assert reducer.kind(64) == "one_shot"

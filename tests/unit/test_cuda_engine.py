@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from host_device_for_tests import HostDevice
 
 from stagemesh.model.deal import deal
 from stagemesh.model.source import open_model
+from stagemesh.stage.cuda import engine as engine_module
 from stagemesh.stage.engine.interface import StepInputs
 from stagemesh.stage.engine.slots import SlotTable
 from stagemesh.stage.engine.torch_engine import TorchEngine
@@ -25,6 +27,7 @@ from stagemesh.stage.group import RankGroup
 from stagemesh.stage.weights import load_shard
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import F32, U8, U32, U64, pack
+from stagemesh.wire.errors import InvalidArgumentError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -487,3 +490,133 @@ def test_few_rows_are_summed_together_with_the_norm() -> None:
     # Nine rows went the long way: the residual and the part are 2, their norm is 1.
     assert torch.equal(residual[8], torch.full((32,), 2.0))
     torch.testing.assert_close(part, torch.ones(9, 32))
+
+
+def two_stages(source: Any, monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    """Linked, without graphs; one kernel at a time, so that both may run in threads."""
+    fake_nccl_for_tests.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = HostDevice()
+    stages = [
+        Stage(cuda_engine(source, range(1), device, nccl=True, graphs=False), last=False, held=True),
+        Stage(cuda_engine(source, range(1, 2), device, nccl=True, graphs=False), first=False),
+    ]
+    one_kernel_at_a_time(monkeypatch)
+    connect(stages, 1)
+    return stages
+
+
+def run_together(stages: list[Stage], step: stage_pb2.Step) -> None:
+    threads = [threading.Thread(target=stage.run, args=(step,)) for stage in stages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_launch_beside_an_abort_goes_to_its_end(
+    source: Any, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """The watchdog breaks off the links while the launch thread is on its way to them: the ring's, or activations'."""
+    stages = two_stages(source, monkeypatch)
+    step = script()[0]
+    if which == 0:  # so that a step's tokens are expected
+        run_together(stages, step)
+        step = stage_pb2.Step(
+            number=2, append_slots=pack([1], U32), append_blocks=pack([6], U32), same_rows_as=1
+        )
+    engine = stages[which].engine
+    plain = engine._write
+
+    def write(*args: Any, **options: Any) -> None:
+        plain(*args, **options)
+        engine.links.abort()
+
+    monkeypatch.setattr(engine, "_write", write)
+    stages[which].run(step)
+
+
+def test_ranks_make_the_same_sums_where_the_link_of_one_fails(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait in theirs; the failure is told when the step is launched whole."""
+    sums = []
+    for fails in (True, False):
+        with monkeypatch.context() as patch:
+            stages = two_stages(source, patch)
+            engine, calls = stages[1].engine, []
+            reducer = engine._parts.reducer
+            for name in ("sum", "greatest_in_place"):
+                plain = getattr(reducer, name)
+                patch.setattr(
+                    reducer,
+                    name,
+                    lambda part, name=name, plain=plain, calls=calls: (calls.append(name), plain(part))[1],
+                )
+            if fails:
+                comm = engine.links._links[stage_pb2.LINK_KIND_ACTIVATIONS, False].comms[0]
+
+                def recv(*args: Any) -> None:
+                    raise fake_nccl_for_tests.NcclError("NCCL_ERROR_REMOTE_ERROR")
+
+                patch.setattr(comm, "recv", recv)
+                stages[1].run(script()[0])
+                assert "activations link failed" in engine.links.failure() == engine.links.failure()
+                assert engine.links.check()
+            else:
+                run_together(stages, script()[0])
+                assert not engine.links.failure()
+            sums.append(calls)
+    assert sums[0] == sums[1] != []
+
+
+def test_more_changes_of_tables_than_there_is_room_for_are_refused(source: Any) -> None:
+    """A router counts those of cached prefixes; a step of more would run past the columns."""
+    stage = Stage(cuda_engine(source, range(1), HostDevice(), graphs=False), last=False)
+    slots = list(range(8))
+    admissions = admit(slots, [(1, 0.0, 0, 1.0)] * 8)
+    admissions.positions = pack([60] * 8, U32)
+    step = stage_pb2.Step(
+        number=1,
+        admissions=admissions,
+        append_slots=pack([slot for slot in slots for _ in range(16)], U32),
+        append_blocks=pack([block for slot in slots for block in [*range(15), 20 + slot]], U32),
+        rows=stage_pb2.Rows(slots=pack(slots, U32), counts=pack([2] * 8, U32), tokens=pack([5] * 16, U32)),
+    )
+    with pytest.raises(InvalidArgumentError, match="step 1 changes 128 blocks"):
+        stage.run(step)
+
+
+def test_the_longest_step_of_the_warm_up_has_room_for_its_blocks(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows of a full context than slots, as with few slots and a short context."""
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", 64 * 4)
+    monkeypatch.setattr(sys.modules[__name__], "SLOTS", 2)
+    room: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "stagemesh.stage.cuda.engine.flatten_tables",
+        lambda tables, slots, begins, out: room.append((int(begins[-1]), out.numel())),
+    )
+    monkeypatch.setattr("stagemesh.stage.cuda.attention.TritonAttention.needs_blocks", True)
+    cuda_engine(source, range(1), HostDevice(), graphs=False, warm=True)
+    assert room
+    assert all(written <= size for written, size in room)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_tables_are_changed_before_links_open(
+    source: Any, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """The kernel is loaded then (rule 9), by a change that is passed over; there is one variant for all counts."""
+    slots: list[int] = []
+    plain = engine_module.change_tables
+
+    def change(tables: Any, changed: Any, *others: Any) -> None:
+        slots.extend(changed.tolist())
+        plain(tables, changed, *others)
+
+    monkeypatch.setattr(engine_module, "change_tables", change)
+    cuda_engine(source, range(1), HostDevice(), graphs=graphs, warm=True)
+    assert set(slots) == {-1}

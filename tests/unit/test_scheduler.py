@@ -228,6 +228,25 @@ def test_blocks_of_a_prefix_that_others_own_are_not_needed_twice() -> None:
     lane.check_end()
 
 
+def test_a_step_admits_cached_prefixes_up_to_its_positions_and_one_more() -> None:
+    """Their blocks cost no time; a GPU stage has room for as many changes of block tables, and those of one prompt."""
+    lane = ScheduledLane(make_limits(num_blocks=100, step_tokens=16))
+    alike = make_request("first", 40, 12).prompt
+    for index in range(8):
+        lane.submit(
+            replace(make_request(f"r{index}", max_tokens=4), prompt=np.append(alike, np.uint32(index)))
+        )
+        while not index and lane.scheduler._prefill_waits():
+            lane.step()
+            lane.result()
+    step = lane.step()
+    assert step
+    # Ten blocks of the prefix and one of its own for each.
+    assert len(step.changes.admitted) == 2
+    lane.run_to_end()
+    lane.check_end()
+
+
 def test_prompts_that_wait_for_blocks_are_no_prefill_at_hand() -> None:
     """They would make steps many and small, and keep a part of each for nothing."""
     lane = ScheduledLane(make_limits(num_blocks=12, max_blocks=12, step_tokens=16))

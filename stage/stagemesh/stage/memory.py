@@ -21,6 +21,8 @@ MAX_SUMMED_ROWS = 2048
 """Rows that ranks sum through memory they share (reduce.py)."""
 SPARE_BYTES = 256 * MIB
 """Of what other processes leave: what they hold may grow a little, and pieces of memory are rounded up."""
+LINK_DEPTH = 8
+"""Steps whose activations wait on a GPU to be sent, at most: buffers of a link."""
 FILTERED_ROWS = 16
 FILTER_BYTES = 64
 """Top-k and top-p sort so many rows of logits at once, and take so much for each logit of them."""
@@ -156,7 +158,8 @@ def rank_memory(
         activations=rows * hidden * needs.itemsize + scratch.total,
         sampling=sorted_logits * FILTER_BYTES if last else 0,
         links=num_links * needs.depth * hidden_bytes,
-        tables=needs.max_context * head_dim * 2 * 4 + needs.max_slots * max_blocks * 4,
+        # Block tables, and the lists of blocks that attention reads, which may be as long.
+        tables=needs.max_context * head_dim * 2 * 4 + 2 * needs.max_slots * max_blocks * 4,
         workspaces=needs.workspace_bytes,
         graphs=needs.graph_bytes,
         context=needs.context_bytes,

@@ -12,15 +12,20 @@ from stagemesh.model.source import ModelSource, open_model
 from stagemesh.model.split import parse_layers, parse_stage, split_layers
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.gpus import Gpu, list_gpus, pick_gpus, settled_memory_in_use
-from stagemesh.stage.memory import GPUMemory, MemoryNeeds, StageMemory, require_fit, stage_memory
+from stagemesh.stage.memory import (
+    LINK_DEPTH,
+    GPUMemory,
+    MemoryNeeds,
+    StageMemory,
+    require_fit,
+    stage_memory,
+)
 from stagemesh.wire.errors import ConfigError
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element."""
 MAX_STAGES = 8
 """Stages of a lane that a stage told only its layers makes tables for."""
-LINK_DEPTH = 8
-"""Steps that a GPU's link buffers are accounted for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

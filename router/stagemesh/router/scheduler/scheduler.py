@@ -402,6 +402,9 @@ class Scheduler:
             if sequence.slot >= 0 and sequence.order in running.prefilling:
                 take(sequence)
         while tokens > 0 and self._waiting and not running.yielding:
+            # Blocks of cached prefixes cost no time, and stages have room for so many in a step and those of one prompt.
+            if len(running.changes.append_slots) >= self.limits.step_tokens:
+                break
             sequence = self._waiting[0]
             if not self._may_start(sequence) or not allowance.most(0, len(sequence.to_prefill)):
                 break

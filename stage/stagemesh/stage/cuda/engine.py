@@ -34,11 +34,12 @@ from stagemesh.stage.cuda.model import DeviceLlama
 from stagemesh.stage.cuda.reduce import Reducer
 from stagemesh.stage.cuda.staging import Staging, StagingSlot
 from stagemesh.stage.cuda.waits import split_wait
-from stagemesh.stage.engine.batch import Batch, SamplingColumns
+from stagemesh.stage.engine.batch import Batch, BlockChanges, SamplingColumns
 from stagemesh.stage.engine.interface import RankFacts, StepHandle, StepInputs, StepOutput
 from stagemesh.stage.kernels.choose import best_keys, take_tokens
 from stagemesh.stage.kernels.tables import change_tables, flatten_tables
 from stagemesh.stage.kernels.transfer import transfer
+from stagemesh.stage.memory import FILTERED_ROWS
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import InvalidArgumentError
 
@@ -150,14 +151,20 @@ class CudaEngine:
         self._block_size = parts.cache.block_size
         self._num_steps = {"by a graph": 0, "by graphs between attentions": 0, "without graphs": 0}
         self.links = parts.links
+        max_blocks = parts.cache.tables.shape[1]
+        # Blocks of cached prefixes up to a step's positions, those of the one that passes it, and what the positions need.
+        self._max_changes = 2 * parts.max_tokens + max_blocks
         largest = Layout(
-            parts.max_tokens, parts.max_tokens, self._samples_of(parts.max_tokens), parts.max_tokens
+            parts.max_tokens, parts.max_tokens, self._samples_of(parts.max_tokens), self._max_changes
         )
         device = parts.device.torch_device
         self._columns = torch.zeros(largest.size, dtype=torch.int32, device=device)
         self._column_size = largest.size
         # Shared blocks count once for each row: every row's table may be full.
-        self._blocks = torch.zeros(parts.cache.tables.numel(), dtype=torch.int32, device=device)
+        warm_up_blocks = len(self._longest_step()) * max_blocks
+        self._blocks = torch.zeros(
+            max(parts.cache.tables.numel(), warm_up_blocks), dtype=torch.int32, device=device
+        )
         self._graphs: dict[tuple[int, bool], Graph] = {}
         """By bucket, and whether attention splits contexts."""
         self._summed: dict[int, torch.Tensor] = {}
@@ -227,6 +234,11 @@ class CudaEngine:
             raise InvalidArgumentError(
                 f"step {batch.number} has {batch.num_tokens} positions; this stage takes {parts.max_tokens}",
                 field="rows.counts",
+            )
+        if len(batch.changes) > self._max_changes:
+            raise InvalidArgumentError(
+                f"step {batch.number} changes {len(batch.changes)} blocks; this stage takes {self._max_changes}",
+                field="append_blocks",
             )
         index, slot = self._staging.take()
         rows = plan_rows(batch, self._block_size)
@@ -433,11 +445,11 @@ class CudaEngine:
             slot.ended.record()
             self.links.send_ring(index, buffers.tokens[:samples])
         elif self.links.sends_hidden:
-            out = self.links.send_buffer(index, count)
+            out = self.links.send_buffer(count)
             torch.add(buffers.residual[:count], summed[:count], out=out)
             slot.ended.record()
             step = DeviceStep(slot, None, None)
-            step.sent_bytes = self.links.send_hidden(index, out, slot.ended)
+            step.sent_bytes = self.links.send_hidden(out, slot.ended)
         else:
             out = torch.add(buffers.residual[:count], summed[:count], out=buffers.partial[:count])
             pinned = self._staging.hidden_bytes(slot, out.nbytes)
@@ -468,10 +480,9 @@ class CudaEngine:
         kernel stood still for as long as the next stage's step took.
         """
         parts = self._parts
-        longest = min(parts.max_tokens, parts.cache.tables.shape[1] * self._block_size)
-        whole, rest = divmod(parts.max_tokens, longest)
-        largest = [longest] * whole + ([rest] if rest else [])
-        steps = [(largest, 0)]
+        largest = self._longest_step()
+        longest = largest[0]
+        steps = [(largest, 0), ([1] * FILTERED_ROWS, 0)]
         # Attention tiles by the mean number of queries, and splits what has far more cells than queries.
         for count in (1, 2, 8, 64):
             most = min(count, longest)
@@ -500,6 +511,12 @@ class CudaEngine:
             if self._last:
                 parts.model.logits(parts.buffers.residual[:count], self._blocks[:count])
         parts.device.synchronize()
+
+    def _longest_step(self) -> list[int]:
+        """Positions of the rows of a step of as many as there may be, in as few rows as contexts allow."""
+        longest = min(self._parts.max_tokens, self._parts.cache.tables.shape[1] * self._block_size)
+        whole, rest = divmod(self._parts.max_tokens, longest)
+        return [longest] * whole + ([rest] if rest else [])
 
     def _run_products(self, count: int) -> None:
         """Every product of a layer, of so many positions that nobody has; the columns must be zero."""
@@ -564,8 +581,9 @@ class CudaEngine:
 def padding_batch(counts: list[int], slot: int, start: int = 0) -> Batch:
     """Rows of a slot that nobody has, all positions at cell 0: what warms up before a lane opens.
 
-    Their sampling asks for everything there is.
+    Their sampling asks for everything there is, and a change of block tables that is passed over.
     """
+    zero = np.zeros(1, np.int64)
     lengths = np.array(counts, np.int64)
     rows, total = len(counts), sum(counts)
     ends = np.cumsum(lengths)
@@ -589,4 +607,5 @@ def padding_batch(counts: list[int], slot: int, start: int = 0) -> Batch:
             top_ks=np.full(rows, 0 if rows > 1 else 2, np.int32),
             top_ps=np.full(rows, 0.9 if rows > 1 else 1.0, np.float32),
         ),
+        changes=BlockChanges(slots=zero - 1, indexes=zero, blocks=zero),
     )

@@ -25,6 +25,7 @@ from stagemesh.stage.cuda.device import Device, Event, Stream
 from stagemesh.stage.engine.batch import Batch
 from stagemesh.stage.engine.interface import NoLinks
 from stagemesh.stage.link_name import link_name
+from stagemesh.stage.memory import LINK_DEPTH
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import StageLostError
 
@@ -47,11 +48,11 @@ class DeviceLinks(NoLinks):
     def open(self, lane: stage_pb2.OpenLaneRequest, depth: int) -> None:
         """A new epoch with buffers of that depth."""
 
-    def send_buffer(self, index: int, count: int) -> torch.Tensor:
+    def send_buffer(self, count: int) -> torch.Tensor:
         """[count, hidden] to write activations to, on the compute stream."""
         raise NotImplementedError("activations go through the leader: sends_hidden is False")
 
-    def send_hidden(self, index: int, hidden: torch.Tensor, done: Event) -> int:
+    def send_hidden(self, hidden: torch.Tensor, done: Event) -> int:
         """Send what was written to the buffer before `done`; returns its bytes."""
         raise NotImplementedError("activations go through the leader: sends_hidden is False")
 
@@ -77,20 +78,28 @@ class _Link:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Enqueue and abort share it: an abort frees the communicator under a send (rule 12)."""
     broken: bool = False
+    error: Exception | None = None
+    """Why NCCL takes nothing more."""
 
     def each(self, enqueue: Callable[[Any], None]) -> None:
-        """Enqueue on every communicator; nothing on a link that was broken off."""
+        """Enqueue on every communicator; nothing on a link that was broken off.
+
+        An error is kept and not raised: the step is launched to its end, or the other ranks of the stage would wait in sums
+        that this one never joins (rule 4).
+        """
         with self.lock:
-            if self.broken:
+            if self.broken or self.error:
                 return
             try:
                 for comm in self.comms:
                     enqueue(comm)
-            except Exception as error:  # cupy knows not every status of NCCL by name
-                raise StageLostError(f"NCCL takes nothing more: {error!r}", reason="LINK_FAILED") from error
+            except Exception as error:  # noqa: BLE001 - cupy knows not every status of NCCL by name
+                self.error = error
 
     def check(self) -> None:
         """Raises what NCCL found meanwhile. Not where the launch thread is inside NCCL: it will find out itself."""
+        if self.error:
+            raise self.error
         if self.lock.acquire(timeout=0.1):
             try:
                 for comm in [] if self.broken else self.comms:
@@ -159,6 +168,7 @@ class NcclLinks(DeviceLinks):
         self._slot_tokens = slot_tokens
         self._links: dict[tuple[int, bool], _Link] = {}
         self._depth = 0
+        self._num_sent = 0
         self._num_expected = 0
         self._expected: deque[tuple[int, torch.Tensor]] = deque()
         """(step, int64 [S] slots) whose tokens have not been received."""
@@ -182,12 +192,15 @@ class NcclLinks(DeviceLinks):
         self._expected.clear()
         self._num_expected = 0
         self._depth = depth
-        self._sent = {"hidden": [None] * depth, "tokens": [None] * depth}
+        self._sent = {"hidden": [None] * min(depth, LINK_DEPTH), "tokens": [None] * depth}
+        self._num_sent = 0
         if lane.num_stages == 1:
             return
         device, samples = self._device.torch_device, self._max_samples
         if lane.stage_index < lane.num_stages - 1:
-            self._keep("hidden", depth, self._max_tokens * self._hidden, self._dtype, device)
+            self._keep(
+                "hidden", len(self._sent["hidden"]), self._max_tokens * self._hidden, self._dtype, device
+            )
         else:
             self._keep("tokens", depth, samples, torch.int32, device)
         if lane.stage_index == 0:
@@ -267,19 +280,31 @@ class NcclLinks(DeviceLinks):
                 return f"the {link_name(kind)} link failed: {error!r}"
         return ""
 
-    def send_buffer(self, index: int, count: int) -> torch.Tensor:
+    def failure(self) -> str:
+        for (kind, _), link in list(self._links.items()):
+            if link.error:
+                return f"the {link_name(kind)} link failed: NCCL takes nothing more: {link.error!r}"
+        return ""
+
+    def send_buffer(self, count: int) -> torch.Tensor:
+        index = self._num_sent % len(self._sent["hidden"])
         self._wait_sent("hidden", index)
         return self._buffers["hidden"][index, : count * self._hidden].view(count, self._hidden)
 
-    def send_hidden(self, index: int, hidden: torch.Tensor, done: Event) -> int:
-        link = self._links[ACTIVATIONS, True]
+    def send_hidden(self, hidden: torch.Tensor, done: Event) -> int:
+        # None where an abort came between: what is broken off does nothing, and the step's result is nobody's.
+        link = self._links.get((ACTIVATIONS, True))
+        if link is None:
+            return 0
         self._send.wait_event(done)
         self._put(link, hidden, self._send)
-        self._mark_sent("hidden", index, self._send)
+        self._mark_sent("hidden", self._num_sent % len(self._sent["hidden"]), self._send)
+        self._num_sent += 1
         return hidden.nbytes * len(link.comms)
 
     def receive_hidden(self, into: torch.Tensor) -> None:
-        self._get(self._links[ACTIVATIONS, False], into, self._compute)
+        if link := self._links.get((ACTIVATIONS, False)):
+            self._get(link, into, self._compute)
 
     def send_ring(self, index: int, tokens: torch.Tensor) -> None:
         if not self.sends_ring or not tokens.shape[0]:
@@ -290,7 +315,8 @@ class NcclLinks(DeviceLinks):
         copied = self._device.event()
         copied.record()
         self._ring.wait_event(copied)
-        self._put(self._links[RING, True], out, self._ring)
+        if link := self._links.get((RING, True)):
+            self._put(link, out, self._ring)
         self._mark_sent("tokens", index, self._ring)
 
     def expect_ring(self, batch: Batch) -> None:
@@ -315,7 +341,8 @@ class NcclLinks(DeviceLinks):
         while self._expected and self._expected[0][0] <= due:
             _, slots = self._expected.popleft()
             tokens = self._buffers["ring"][0, : slots.shape[0]]
-            self._get(self._links[RING, False], tokens, self._compute)
+            if link := self._links.get((RING, False)):
+                self._get(link, tokens, self._compute)
             self._slot_tokens.index_copy_(0, slots, tokens)
 
     def _refresh(self) -> None:

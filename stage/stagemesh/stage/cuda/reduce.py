@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -128,15 +129,12 @@ class SharedReducer(Reducer):
         shape = f"x{self._group.size} {self.partial.shape[1]} {self.partial.dtype}"
         # By what was measured: times of calls outside of graphs, which older versions kept, are those of the host.
         key = f"{torch.cuda.get_device_name()} {shape} in a graph{what}"
-        known: dict[str, list[int]] = {}
-        if self._group.rank == 0 and cache.exists():
-            known = json.loads(cache.read_text())
+        known = _read(cache) if self._group.rank == 0 else {}
         chosen = self._agree(known.get(key, [-1] * count))
         if chosen[0] < 0:
             chosen = self._agree(measure())
             if self._group.rank == 0:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                cache.write_text(json.dumps({**known, key: chosen}))
+                _keep(cache, {**_read(cache), key: chosen})
         return chosen
 
     def _agree(self, choices: list[int]) -> list[int]:
@@ -194,3 +192,26 @@ def time_in_graph(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     replays = (begin.elapsed_time(end) for begin, end in itertools.pairwise(events))
     return float(statistics.median(replays)) * 1e3 / CALLS
+
+
+def _read(cache: Path) -> dict[str, list[int]]:
+    """What the file knows; nothing if it cannot be read: it is measured again, and other ranks wait for this one."""
+    try:
+        known: dict[str, list[int]] = json.loads(cache.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read, so all-reduce is measured again: %s", cache, error)
+        return {}
+    return known
+
+
+def _keep(cache: Path, known: dict[str, list[int]]) -> None:
+    """Whole or not at all: stages of the same host read it while they start."""
+    new = cache.with_suffix(f".{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(known))
+        new.replace(cache)
+    except OSError as error:
+        log.warning("%s cannot be written, so the next start measures all-reduce again: %s", cache, error)

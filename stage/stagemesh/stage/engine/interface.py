@@ -111,6 +111,9 @@ class EngineLinks(Protocol):
     def check(self) -> str:
         """What is wrong with a link, for people; empty if nothing is known to be."""
 
+    def failure(self) -> str:
+        """Why a step that was launched has no inputs or went nowhere, for people; empty if none did. Asked at every result."""
+
     def abort(self) -> None:
         """Break off every link; whoever waits in one goes on."""
 
@@ -130,6 +133,10 @@ class NoLinks:
 
     def check(self) -> str:
         """Nothing is."""
+        return ""
+
+    def failure(self) -> str:
+        """There is none."""
         return ""
 
     def abort(self) -> None:

@@ -9,7 +9,8 @@ import triton.language as tl
 BLOCK = 128
 
 
-@triton.jit
+# A variant for a count of 1 and another for multiples of 16 would compile while links are open (rule 9).
+@triton.jit(do_not_specialize=["count"])
 def _change(tables, slots, indexes, blocks, count, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + at, mask=at < count, other=-1)

@@ -357,6 +357,8 @@ class StageLeader:
                 field="num_blocks",
             )
         limit = self._config.max_slots * max(1, request.num_stages)
+        if self._plan.gpus:  # whose tables are made before it is known how many stages there are
+            limit = min(limit, self._plan.max_slots)
         if not 0 < request.max_slots <= limit:
             raise InvalidArgumentError(
                 f"max_slots is {request.max_slots}; {self._name} takes {limit}", field="max_slots"

@@ -153,7 +153,9 @@ def _cuda_engine(spec: WorkerSpec, plan: StagePlan, queue: WorkerSocket) -> Engi
         spec.rank,
         spec.config.tp,
         Path(spec.store),
-        timeout_s=spec.config.group_timeout_s,
+        # torch counts from the enqueue, and a sum may stand behind a receive: the worker's own deadline, which names who
+        # is late, comes first.
+        timeout_s=max(spec.config.group_timeout_s, 2 * spec.config.worker_timeout_s),
         device=device.torch_device,
     )
     torch.cuda.synchronize()

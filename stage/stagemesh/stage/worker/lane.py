@@ -51,6 +51,8 @@ class WorkerLane:
     pending: deque[PendingStep] = field(default_factory=deque)
     head: Batch | None = None
     next_number: int = 1
+    over: bool = False
+    """A link of it broke. Its steps are launched all the same, as other ranks launch them; their results are nobody's."""
     ended: str = ""
     """The link that brings its inputs has ended, for people."""
     _hidden: dict[int, memoryview] = field(default_factory=dict)

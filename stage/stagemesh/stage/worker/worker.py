@@ -113,7 +113,7 @@ class Worker:
             except StageLostError as error:
                 self._break(str(error), error.stage)
             except StagemeshError as error:
-                self._refuse(error)
+                self._refuse(error, self._lane.request.epoch if self._lane else 0)
 
     def _handle(self, kind: ToWorker, parts: list[Part]) -> None:
         if kind is ToWorker.TENSOR:
@@ -157,7 +157,11 @@ class Worker:
         # In this order: a result that completes from here on finds that its lane is not the worker's any more.
         self._lane = None
         self._links.close()
-        self._engine.open(request)
+        try:
+            self._engine.open(request)
+        except StagemeshError as error:
+            self._refuse(error, request.epoch)
+            return
         with self._timing:
             self._timings.clear()
         lane = WorkerLane(request, slots)
@@ -186,9 +190,10 @@ class Worker:
 
     def _break(self, what: str, blamed: str = "") -> None:
         """A link failed, or a step hangs in one: the lane is over (rule 8)."""
-        lane, self._lane = self._lane, None
-        if lane is None:
+        lane = self._lane
+        if lane is None or lane.over:
             return
+        lane.over = True
         log.error("%s", what)
         self._engine.links.abort()
         self._links.close_senders(lane.request.epoch)
@@ -239,7 +244,12 @@ class Worker:
         """Send on what a step left behind. Called in order of steps; for a device's from the result thread."""
         lane, output = step.lane, step.handle.wait()
         ended_ns = time.monotonic_ns()
-        if lane is not self._lane:  # poisoned: what completes after the epoch was raised is nobody's
+        if (
+            lane is not self._lane or lane.over
+        ):  # poisoned: what completes after a link broke or the epoch was raised
+            return
+        if failure := self._engine.links.failure():
+            self._break(failure)
             return
         if lane.first and lane.last and not lane.held_tokens:
             assert output.tokens is not None
@@ -335,10 +345,9 @@ class Worker:
         logging.shutdown()
         os._exit(DEVICE_FAILED)
 
-    def _refuse(self, error: StagemeshError) -> None:
-        """A step or frame broke the contract: the lane is dropped, the leader tells the router."""
+    def _refuse(self, error: StagemeshError, epoch: int) -> None:
+        """A step, a frame or the opening of a lane broke the contract: it is dropped, the leader tells the router."""
         log.error("%s", error)
-        epoch = self._lane.request.epoch if self._lane else 0
         self._lane = None
         if self._rank == 0:
             self._say(ToLeader.REFUSED, pack([epoch], U64), str(error).encode())
