@@ -141,9 +141,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             done = int(scheduler.running.slots.position[sequence.slot]) if sequence.slot >= 0 else 0
             left += max(len(sequence.to_prefill) - done, 0)
         assert scheduler.backlog == left
-        # What waits beyond the free slots cannot start, whatever steps may carry.
-        room = len(scheduler.running.slots.free)
+        # What waits beyond the free slots and blocks cannot start, whatever steps may carry.
         waiting = sorted((one for one in scheduler.live if one.slot < 0), key=lambda one: one.waits_before)
+        blocks = np.cumsum([len(one.to_prefill) // scheduler.limits.block_size + 1 for one in waiting])
+        slots = len(scheduler.running.slots.free)
+        room = min(slots, int(np.searchsorted(blocks, scheduler.pool.num_free, side="right")))
         assert scheduler._startable() == left - sum(len(one.to_prefill) for one in waiting[room:])
 
     def teardown(self) -> None:
