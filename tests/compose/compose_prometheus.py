@@ -21,7 +21,7 @@ from compose_project import Project
 IMAGE = "stagemesh-prometheus:compose-test"
 _DOCKERFILE = """
 FROM BASE
-COPY prometheus /bin/prometheus
+COPY prometheus promtool /bin/
 RUN mkdir -p /prometheus && chown nobody:nogroup /prometheus
 USER nobody
 WORKDIR /prometheus
@@ -87,7 +87,8 @@ def prometheus(mesh: Project) -> Iterator[Prometheus]:
 def prometheus_image(base: str) -> str:
     """Debian's program in the place of prom/prometheus: same paths, same user."""
     with tempfile.TemporaryDirectory(prefix="stagemesh-prometheus-") as folder:
-        shutil.copy(find("prometheus") or "prometheus", Path(folder, "prometheus"))
+        for program in ("prometheus", "promtool"):
+            shutil.copy(find(program) or program, Path(folder, program))
         Path(folder, "Dockerfile").write_text(_DOCKERFILE.replace("BASE", base))
         docker("build", "--quiet", "--tag", IMAGE, folder, timeout_s=120)
     return IMAGE

@@ -67,6 +67,18 @@ def test_only_the_router_is_on_both_networks() -> None:
     assert read(COMPOSE / "compose.yaml")["networks"]["mesh"] == {"internal": True}
 
 
+def test_every_service_of_the_profile_is_shut_in() -> None:
+    services = read(COMPOSE / "compose.yaml")["services"].values()
+    screens = [service for service in services if service.get("profiles") == ["observability"]]
+    assert len(screens) == 4
+    for service in screens:
+        assert int(service["user"].partition(":")[0]) > 0
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["restart"] == "unless-stopped"
+        assert {"cpus", "mem_limit", "pids_limit"} <= service.keys()
+
+
 def test_the_dockerfiles_share_their_first_stage() -> None:
     """Word for word, so that the engine builds it once."""
     heads = {
