@@ -22,6 +22,8 @@ GIVEN = {
     "STAGE_1_ADDRESS": "10.0.0.12:50061",
     "STAGE_2_ADDRESS": "10.0.0.13:50061",
     "NCCL_SOCKET_IFNAME": "bond0",
+    "HOST_CPUS": "16",
+    "HOST_MEMORY": "60g",
 }
 COMBINATIONS = {
     "one host": (["compose.yaml"], MESH | CLIENT | SCREENS),
@@ -77,6 +79,23 @@ def test_compose_v2_reads_the_same(docker_engine: str, name: str) -> None:
         )
         assert environment(content) == environment(old[service]), service
         assert set(content.get("networks") or ()) == set(old[service].get("networks") or ())
+
+
+@pytest.mark.parametrize("suffix", ["", ".gpu"])
+def test_a_stage_of_several_hosts_has_the_limits_and_metrics_it_is_given(
+    docker_engine: str, suffix: str
+) -> None:
+    given = {**GIVEN, "STAGE_1_METRICS": "10.0.0.12:9464", "HOST_KV_MEMORY": "8GiB", "TRACE_RANKS": "1"}
+    project = Project("stagemesh-config", [f"compose.host-stage-1{suffix}.yaml"], given)
+    stage = yaml.safe_load(project.compose("config"))["services"]["stage-1"]
+    assert (float(stage["cpus"]), stage["mem_limit"]) == (16.0, "60g")
+    told = environment(stage)
+    assert told["STAGEMESH_METRICS"] == "10.0.0.12:9464"
+    assert (told["STAGEMESH_THREADS"], told["STAGEMESH_KV_MEMORY"], told["STAGEMESH_TRACE_RANKS"]) == (
+        "0",
+        "8GiB",
+        "1",
+    )
 
 
 @pytest.mark.parametrize("version", ["1.29", "v2"])

@@ -18,8 +18,9 @@ def test_a_host_gives_its_stage_all_of_its_gpus(images: dict[str, str]) -> None:
         name: f"10.0.0.1{index}:50061"
         for index, name in enumerate(("ROUTER_ADDRESS", *(f"STAGE_{stage}_ADDRESS" for stage in range(3))))
     }
+    host = {"NCCL_SOCKET_IFNAME": "bond0", "HOST_CPUS": "16", "HOST_MEMORY": "60g"}
     files = ["compose.host-stage-1.gpu.yaml"]
-    project = Project("stagemesh-gpu", files, {**images, **addresses, "NCCL_SOCKET_IFNAME": "bond0"})
+    project = Project("stagemesh-gpu", files, {**images, **addresses, **host})
     services: dict[str, Any] = yaml.safe_load(project.compose("config"))["services"]
     stage = services["stage-1"]
     [device] = stage["deploy"]["resources"]["reservations"]["devices"]

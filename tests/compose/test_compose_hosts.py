@@ -21,9 +21,8 @@ def test_a_file_for_each_host_and_one_list_of_addresses(images: dict[str, str], 
         "ROUTER_ADMIN": f"127.0.0.1:{free_port()}",
     }
     files = [f"compose.host-{service}.yaml" for service in SERVICES]
-    project = Project(
-        "stagemesh-hosts", files, {**images, **addresses, "MODEL": str(model), "HOST_THREADS": "1"}
-    )
+    limits = {"HOST_CPUS": "2", "HOST_MEMORY": "3g", "HOST_KV_MEMORY": "256MiB", "HOST_THREADS": "1"}
+    project = Project("stagemesh-hosts", files, {**images, **addresses, **limits, "MODEL": str(model)})
     with running(project, SERVICES):
         command = ["stagemesh", "generate", QUESTION, "--max-tokens", "8", "--temperature", "0"]
         command += ["--address", addresses["ROUTER_ADDRESS"]]

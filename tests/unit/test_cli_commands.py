@@ -117,6 +117,16 @@ def test_an_error_is_one_line(
     assert got[2].count("\n") == 1
 
 
+def test_an_admin_address_where_nothing_answers_is_named_with_its_option(
+    router: ScriptedRouter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(
+        "generate", "hi", "--trace", "--address", router.address, "--admin", "127.0.0.1:9", capsys=capsys
+    )
+    assert (code, out) == (1, "Hello world\n")
+    assert err.startswith("error: no connection to 127.0.0.1:9 (--admin): Connection refused")
+
+
 def test_an_error_after_text_has_a_line_of_its_own(
     router: ScriptedRouter, capsys: pytest.CaptureFixture[str]
 ) -> None:

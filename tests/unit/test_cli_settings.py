@@ -96,6 +96,13 @@ def test_stages_as_a_list_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert config_of(monkeypatch, "router", "--model", "m").stages == ("d:4", "e:5")
 
 
+@pytest.mark.parametrize("args", [("stage",), ("router", "--stage", "a:1")])
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]) -> None:
+    """As a compose file gives it to whom .env says nothing."""
+    monkeypatch.setenv("STAGEMESH_METRICS", "")
+    assert config_of(monkeypatch, *args, "--model", "m").metrics is None
+
+
 def test_sizes_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(monkeypatch, "stage", "--model", "m", "--kv-memory", "512MiB", "--shared-cores")
     assert (config.kv_memory, config.shared_cores) == (512 << 20, True)

@@ -20,6 +20,7 @@ from scripted_router import WAIT_S
 
 from stagemesh.client.cli._child import ChildSpec
 from stagemesh.client.cli._supervisor import Supervisor
+from stagemesh.wire.cgroup import usable_cores
 from stagemesh.wire.errors import StartupError
 
 CHILD = """
@@ -169,7 +170,7 @@ def test_up_serves_and_ctrl_c_stops_all_of_it_and_nothing_else(mesh: Mesh, tmp_p
         "1/3",
         2,
         True,
-        max(1, len(os.sched_getaffinity(0)) // 2),
+        max(1, usable_cores() // 2),
     )
     # The flag, although it is the default, beats the variable; and no child sees either variable.
     assert stage["kv_memory"] == 1 << 30

@@ -28,6 +28,7 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.stage.config import StageConfig
 from stagemesh.v1 import doctor_pb2 as pb
 from stagemesh.v1 import doctor_pb2_grpc
+from stagemesh.wire import cgroup
 from stagemesh.wire.errors import ConfigError
 
 
@@ -157,10 +158,12 @@ def test_an_interface_of_nccl_that_does_not_exist_fails(
 
 
 @pytest.mark.parametrize(
-    ("files", "quota", "memory"),
+    ("files", "quota", "memory", "threads"),
     [
-        ({"cpu.max": "150000 100000", "memory.max": "1073741824"}, 1.5, 1 << 30),
-        ({"cpu.max": "max 100000", "memory.max": "max"}, None, None),
+        ({"cpu.max": "150000 100000", "memory.max": "1073741824"}, 1.5, 1 << 30, 1),
+        ({"cpu.max": "max 100000", "memory.max": "max"}, None, None, 8),
+        ({"cpu.max": "600000 100000"}, 6.0, None, 6),
+        ({"cpu.max": "1600000 100000"}, 16.0, None, 8),
         (
             {
                 "cpu/cpu.cfs_quota_us": "50000",
@@ -169,27 +172,32 @@ def test_an_interface_of_nccl_that_does_not_exist_fails(
             },
             0.5,
             None,
+            1,
         ),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None, 8),
     ],
 )
 def test_limits_of_a_container_are_seen(
     files: dict[str, str],
     quota: float | None,
     memory: int | None,
+    threads: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(limits, "_CGROUP", tmp_path)
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
     monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: set(range(8)))
     findings = limits.check_limits("stage", gpus=False)
     cores = only(findings, "cores")
     [found_memory] = [finding for finding in findings if finding.check == "memory"]
     assert cores.values["quota"] == quota
-    assert cores.level is (Level.OK if quota is None else Level.WARN)
+    assert cores.level is (Level.WARN if quota == 0.5 else Level.OK), "less than a core"
+    assert StageConfig(model="m").num_threads == threads
+    assert StageConfig(model="m", tp=2).num_threads == max(1, threads // 2)
+    assert StageConfig(model="m", threads=5).num_threads == 5
     assert found_memory.values["limit_bytes"] == memory
     assert found_memory.level is (Level.OK if memory is None else Level.WARN)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from stagemesh.wire.cgroup import usable_cores
 
 GIB = 1 << 30
 
@@ -61,7 +62,11 @@ class StageConfig(BaseModel):
     max_context: int | None = Field(
         default=None, ge=1, description="Tokens of a sequence at most; unset: the model's."
     )
-    threads: int = Field(default=0, ge=0, description="Compute threads of each worker; 0: cores over ranks.")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="Compute threads of each worker; 0: cores, or a container's share of them, over ranks.",
+    )
     shared_cores: bool = Field(
         default=False, description="Other stages compute on the same cores: idle threads sleep."
     )
@@ -102,4 +107,4 @@ class StageConfig(BaseModel):
     @property
     def num_threads(self) -> int:
         """Compute threads of each worker."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.tp)
+        return self.threads or max(1, usable_cores() // self.tp)

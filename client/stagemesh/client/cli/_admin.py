@@ -18,11 +18,16 @@ _TIMEOUT_S = 10.0
 
 
 class Admin:
-    """A connection to a router's AdminService; use it in a with-block."""
+    """A connection to a router's AdminService; use it in a with-block.
 
-    def __init__(self, address: str) -> None:
-        split_address(address, key="--admin")
-        self._address = address
+    Args:
+        address: HOST:PORT.
+        key: The option that it came by, which errors name.
+    """
+
+    def __init__(self, address: str, *, key: str = "--admin") -> None:
+        split_address(address, key=key)
+        self._address = f"{address} ({key})"
         self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         self._stub: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
 

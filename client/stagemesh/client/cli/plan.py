@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 from stagemesh.client.cli import _options as shared
 from stagemesh.client.cli._extras import missing_extra
 from stagemesh.client.cli._sizes import format_size, parse_size
+from stagemesh.wire.cgroup import usable_cores
 from stagemesh.wire.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _of_mesh(address: str, num_stages: int | None) -> PlanView:
     from stagemesh.client.cli._admin import Admin
     from stagemesh.model.layer_split import parts_from_stages, predict, propose
 
-    with Admin(address) as router:
+    with Admin(address, key="--measure") as router:
         status = router.status()
     lane = status.lanes[0]
     split = tuple(one.description.layer_end - one.description.layer_begin for one in lane.stages)
@@ -271,7 +271,7 @@ def _of_model(question: _Question) -> PlanView:
     if question.here:
         from stagemesh.stage.measure_parts import measure_parts
 
-        part = measure_parts(source, shape, len(os.sched_getaffinity(0)))
+        part = measure_parts(source, shape, usable_cores())
         how = f"measured on this machine's CPU in float32: a layer {part.layer_s * 1e3:.3f} ms"
     else:
         device = Device(bytes_per_s=question.bytes_per_s, flops=question.flops, itemsize=itemsize)

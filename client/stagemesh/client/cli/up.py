@@ -31,6 +31,7 @@ from stagemesh.router.config import MeshFile, RouterConfig
 from stagemesh.stage.config import StageConfig
 from stagemesh.stage.gpus import list_gpus
 from stagemesh.wire.address import check_listen
+from stagemesh.wire.cgroup import usable_cores
 from stagemesh.wire.errors import ConfigError
 from stagemesh.wire.logs import level_number
 
@@ -82,7 +83,7 @@ def _up(
         tp=tp,
         stage_port=stage_port,
         file=MeshFile.read(config) if config else MeshFile(),
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=usable_cores(),
         num_gpus=len(list_gpus()),
     )
     level_number(plan.router.log_level)

@@ -7,12 +7,12 @@ import resource
 from pathlib import Path
 
 from stagemesh.client.doctor.finding import Finding, Level
+from stagemesh.wire.cgroup import cpu_quota, memory_limit
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _LEAST_MEMORY = 2 * _GIB
 _LEAST_SHM_GPU = _GIB
 _LEAST_FILES = 4096
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_limits(role: str, *, gpus: bool) -> list[Finding]:
@@ -27,18 +27,18 @@ def check_limits(role: str, *, gpus: bool) -> list[Finding]:
 
 def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    quota = _cpu_quota()
+    quota = cpu_quota()
     found = f"{cores} cores" + (f", of which the container may use {quota:g}" if quota else "")
     values = {"cores": cores, "quota": quota}
-    if quota is not None and quota < cores:
-        todo = f"give --threads (at most {max(1, int(quota))} over the ranks of a stage): the default counts the cores"
+    if quota is not None and quota < 1:
+        todo = "give the container a CPU at least (cpus in compose): less stops a stage in every period of the quota"
         return Finding(check="cores", level=Level.WARN, found=found, todo=todo, values=values)
     return Finding(check="cores", level=Level.OK, found=found, values=values)
 
 
 def _memory(role: str) -> Finding:
     available = _available_memory()
-    limit = _memory_limit()
+    limit = memory_limit()
     usable = min(available, limit) if limit else available
     found = f"{available / _GIB:.1f} GiB available" + (f", limit {limit / _GIB:.1f} GiB" if limit else "")
     values = {"available_bytes": available, "limit_bytes": limit}
@@ -92,30 +92,3 @@ def _available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _memory_limit() -> int | None:
-    """Of the container's control group, version 2 or 1; None without one."""
-    for file in (_CGROUP / "memory.max", _CGROUP / "memory/memory.limit_in_bytes"):
-        text = _read(file)
-        if text.isdigit() and int(text) < 1 << 60:  # version 1 says "no limit" by a very large number
-            return int(text)
-    return None
-
-
-def _cpu_quota() -> float | None:
-    """Cores that the container may use at once; None without a limit."""
-    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
-    if not period:
-        quota = _read(_CGROUP / "cpu/cpu.cfs_quota_us")
-        period = _read(_CGROUP / "cpu/cpu.cfs_period_us")
-    if quota.isdigit() and period.isdigit() and int(period):
-        return int(quota) / int(period)
-    return None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

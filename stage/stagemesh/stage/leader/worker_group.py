@@ -22,6 +22,7 @@ from stagemesh.stage.engine.interface import RankFacts
 from stagemesh.stage.local_queue import ToLeader, ToWorker
 from stagemesh.stage.local_socket import LeaderSocket, Part, socket_pair
 from stagemesh.stage.worker.spec import WorkerSpec
+from stagemesh.wire.cgroup import usable_cores
 from stagemesh.wire.columns import U64, unpack
 from stagemesh.wire.errors import ModelError, StartupError
 
@@ -146,9 +147,7 @@ class WorkerGroup:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Weights on huge pages: a decode step streams them all, and 4 KiB pages stop the prefetcher short.
         environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-        if self._config.shared_cores or self._config.tp * self._config.num_threads > len(
-            os.sched_getaffinity(0)
-        ):
+        if self._config.shared_cores or self._config.tp * self._config.num_threads > usable_cores():
             # An idle thread must not keep a core from a neighbour that has work, but one that sleeps at once
             # costs a wake-up at each of a step's 150 parallel regions (docs/performance.md, "Waiting").
             environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
