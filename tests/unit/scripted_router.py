@@ -95,6 +95,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
         self.aborted: list[str] = []
         self.id_metadata = ""
         self.status = admin_pb2.MeshStatus()
+        self.timeline: admin_pb2.GetTimelineResponse | StagemeshError = admin_pb2.GetTimelineResponse()
         self.traces: dict[str, admin_pb2.GetRequestTraceResponse] = {}
         self.health = health.HealthServicer()
         self.set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -171,6 +172,11 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServiceServicer, admin_pb2_grpc
                 to_grpc(NotFoundError("no such request", request_id=request.request_id))
             )
         return self.traces[request.request_id]
+
+    def GetTimeline(self, request: Any, context: Any) -> admin_pb2.GetTimelineResponse:
+        if isinstance(self.timeline, StagemeshError):
+            context.abort_with_status(to_grpc(self.timeline))
+        return self.timeline  # type: ignore[return-value]
 
 
 class Refused(Exception):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,6 +350,43 @@ def test_top_shows_stages_and_rates(router: ScriptedRouter, capsys: pytest.Captu
         "absent",
     ):
         assert part in out
+
+
+def test_timeline_says_where_steps_are_left_out(
+    router: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The epoch is not the one that the status had before."""
+    file = tmp_path / "out.json"
+    file.write_text("an older one, and longer than what comes" * 100)
+    router.status = admin_pb2.MeshStatus(lanes=[admin_pb2.LaneStatus(lane_id="lane-0", epoch=5)])
+    for epoch, is_said in ((5, False), (6, True)):
+        router.timeline = admin_pb2.GetTimelineResponse(lane_id="lane-0", epoch=epoch)
+        code, _, err = run("timeline", "-o", str(file), "--admin", router.address, capsys=capsys)
+        assert code == 0
+        assert json.loads(file.read_text())["otherData"]["epoch"] == str(epoch)
+        assert ("steps before that are left out" in err) is is_said
+
+
+def test_timeline_without_a_lane_says_why_and_leaves_no_file(
+    router: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.timeline = UnavailableError("no lane is ready: waiting for stage 1", reason="LANE_NOT_READY")
+    file = tmp_path / "out.json"
+    code, _, err = run("timeline", "-o", str(file), "--admin", router.address, capsys=capsys)
+    assert (code, err.splitlines()) == (1, ["error: no lane is ready: waiting for stage 1"])
+    assert not file.exists()
+    file.write_text("an older one")
+    run("timeline", "-o", str(file), "--admin", router.address, capsys=capsys)
+    assert file.read_text() == "an older one"
+
+
+def test_timeline_asks_for_nothing_that_it_cannot_write(
+    router: ScriptedRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.timeline = UnavailableError("nobody was to ask")
+    code, _, err = run("timeline", "-o", str(tmp_path / "no" / "x"), "--admin", router.address, capsys=capsys)
+    assert code == 2
+    assert err.startswith("error: --output: cannot write ")
 
 
 def test_trace_has_a_row_for_each_stage_and_phase(

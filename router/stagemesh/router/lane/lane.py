@@ -113,17 +113,21 @@ class Lane:
     def submit(self, request: Request) -> None:
         """Hand a request to the scheduler; refusals are raised."""
         if self.scheduler is None:
-            raise UnavailableError(
-                f"no lane is ready: {self.reason}",
-                reason="LANE_NOT_READY",
-                request_id=request.request_id,
-                retry_after_s=1.0,
-            )
+            raise self.not_ready(request.request_id)
         now = time.monotonic()
         self.scheduler.submit(request, now)
         if self._event_log:
             self._event_log.submit(request, now)
         self._pump_soon()
+
+    def not_ready(self, request_id: str = "") -> UnavailableError:
+        """What is raised where there is no scheduler: what the lane waits for."""
+        return UnavailableError(
+            f"no lane is ready: {self.reason}",
+            reason="LANE_NOT_READY",
+            request_id=request_id,
+            retry_after_s=1.0,
+        )
 
     def abort(self, request_id: str) -> bool:
         """End a request; its blocks are free at once. False if it was not live."""

@@ -20,10 +20,17 @@ POLL_S = 0.05
 
 
 async def record_timeline(lane: Lane, seconds: float) -> admin_pb2.GetTimelineResponse:
-    """Watch for so long; steps of an epoch that ended meanwhile are not in it."""
-    epoch, before = lane.epoch, lane.num_steps
+    """Watch for so long. Where the lane was formed anew meanwhile, the steps of its last epoch alone are in it.
+    UnavailableError if it is not ready to begin with."""
+    if lane.scheduler is None:
+        raise lane.not_ready()
+    epoch, formed, before = lane.epoch, lane.num_formed, lane.num_steps
     await asyncio.sleep(seconds)
-    first = before + 1 if lane.epoch == epoch else 1
+    if lane.num_formed == formed:
+        # A lane that is lost raises its epoch before it is formed: what it did is of the epoch that it had.
+        first = before + 1
+    else:
+        first, epoch = 1, lane.epoch
     numbers = np.arange(max(first, lane.num_steps - STEPS_KEPT + 1), lane.num_steps + 1)
     await _wait_for_reports(lane, int(numbers[-1]) if len(numbers) else 0)
     wall = time.time_ns() - time.monotonic_ns()
@@ -31,7 +38,7 @@ async def record_timeline(lane: Lane, seconds: float) -> admin_pb2.GetTimelineRe
     sent, done, rows, tokens, prefill = columns.T
     return admin_pb2.GetTimelineResponse(
         lane_id=lane.lane_id,
-        epoch=lane.epoch,
+        epoch=epoch,
         numbers=pack(known, U64),
         sent_unix_ns=pack(sent + wall, U64),
         done_unix_ns=pack(np.where(done > 0, done + wall, 0), U64),
