@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -13,13 +15,31 @@ from running_mesh import CALL_TIMEOUT_S, RunningMesh
 from stagemesh.v1 import inference_pb2
 
 
-@pytest.fixture
-def neighbour(mesh: RunningMesh) -> Iterator[None]:
-    """A stream that runs alongside and gets exactly what it gets alone."""
+@contextmanager
+def alongside(mesh: RunningMesh) -> Iterator[None]:
+    """A stream runs meanwhile, and gets exactly what it gets alone."""
     alone = generate(mesh, make_prompt(11, 3), 60).token_ids
     call = mesh.stub.Generate(make_request(make_prompt(11, 3), 60), timeout=CALL_TIMEOUT_S)
     yield
     assert read_answer(call).token_ids == alone
+
+
+@pytest.fixture
+def neighbour(mesh: RunningMesh) -> Iterator[None]:
+    """A stream that runs alongside."""
+    with alongside(mesh):
+        yield
+
+
+@pytest.fixture
+def slow_mesh(small: Path, tmp_path: Path) -> Iterator[RunningMesh]:
+    """Takes a prompt by so few tokens at once that a test which is held up still cancels before its end."""
+    running = RunningMesh(tmp_path, small, (1, 2, 1), router_flags=("--step-tokens", "2"))
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.close()
 
 
 def wait_free(mesh: RunningMesh) -> int:
@@ -32,6 +52,13 @@ def wait_free(mesh: RunningMesh) -> int:
     return wait_for(look, "the blocks")
 
 
+def tail(log: Path, begin: int) -> bytes:
+    """From that byte on."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read()
+
+
 def test_a_client_that_goes_away_while_its_request_decodes(mesh: RunningMesh, neighbour: None) -> None:
     call = start(mesh, request_id="gone-decoding")
     assert mesh.lane.num_free_blocks < mesh.lane.num_blocks
@@ -42,14 +69,16 @@ def test_a_client_that_goes_away_while_its_request_decodes(mesh: RunningMesh, ne
     assert steps[-1] <= freed_at
 
 
-def test_a_client_that_goes_away_while_its_prompt_is_computed(mesh: RunningMesh, neighbour: None) -> None:
-    call = mesh.stub.Generate(
-        make_request(make_prompt(1900), 10, request_id="gone-prefilling"), timeout=CALL_TIMEOUT_S
-    )
-    wait_for(lambda: '"gone-prefilling"' in mesh.step_log.read_text(), "its first chunk")
-    call.cancel()
-    wait_free(mesh)
-    rows = [row for step in mesh.steps() for row in step["rows"] if row[0] == "gone-prefilling"]
+def test_a_client_that_goes_away_while_its_prompt_is_computed(slow_mesh: RunningMesh) -> None:
+    with alongside(slow_mesh):
+        before = slow_mesh.step_log.stat().st_size
+        call = slow_mesh.stub.Generate(
+            make_request(make_prompt(1900), 10, request_id="gone-prefilling"), timeout=CALL_TIMEOUT_S
+        )
+        wait_for(lambda: b'"gone-prefilling"' in tail(slow_mesh.step_log, before), "its first chunk")
+        call.cancel()
+    wait_free(slow_mesh)
+    rows = [row for step in slow_mesh.steps() for row in step["rows"] if row[0] == "gone-prefilling"]
     assert len(rows) > 0
     assert sum(count for _, count, _ in rows) < 1900, "its whole prompt was computed"
     assert not any(sampled for *_, sampled in rows)

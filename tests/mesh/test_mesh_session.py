@@ -65,8 +65,11 @@ def test_a_live_id_is_refused_and_the_request_that_has_it_goes_on(
     mesh: RunningMesh, session: Session
 ) -> None:
     expected = generate(mesh, make_prompt(6), 30).token_ids
-    session.send(make_request(make_prompt(6), 30, request_id="twice"))
-    session.send(make_request(make_prompt(6), 5, request_id="twice"))
+    # In one message: the second must not come when the first has ended.
+    session.send(
+        make_request(make_prompt(6), 30, request_id="twice"),
+        make_request(make_prompt(6), 5, request_id="twice"),
+    )
     session.half_close()
     session.read_all()
     assert session.refused["twice"].reason == "DUPLICATE_REQUEST_ID"
