@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from stagemesh.wire.address import split_address
 from stagemesh.wire.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 1.0
@@ -47,6 +51,16 @@ class MetricsEndpoint:
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
             daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """In the log, as everything else; a client that hangs up is no news."""
+                hung_up = isinstance(sys.exception(), ConnectionError)
+                log.log(
+                    logging.DEBUG if hung_up else logging.ERROR,
+                    "no answer to %s on the metrics endpoint",
+                    client_address[0],
+                    exc_info=True,
+                )
 
         try:
             self._server = Server((host, port), _handler(self))
@@ -87,12 +101,15 @@ def _handler(endpoint: MetricsEndpoint) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            self.wfile.write(self.do_HEAD())
+
+        def do_HEAD(self) -> bytes:
             status, content_type, body = endpoint.answer(self.path.partition("?")[0])
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            return body
 
         def log_message(self, format: str, *args: Any) -> None:
             """A scrape every few seconds is no news."""
