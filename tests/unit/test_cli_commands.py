@@ -19,6 +19,7 @@ from scripted_router import WAIT_S, ScriptedRouter, endless, refusal, words
 
 from stagemesh.client import UnavailableError
 from stagemesh.client.cli import main
+from stagemesh.client.cli._admin import Admin
 from stagemesh.v1 import admin_pb2, stage_pb2
 from stagemesh.v1 import inference_pb2 as pb
 
@@ -350,6 +351,22 @@ def test_top_shows_stages_and_rates(router: ScriptedRouter, capsys: pytest.Captu
         "absent",
     ):
         assert part in out
+
+
+def test_top_ends_its_line_where_the_router_goes(
+    router: ScriptedRouter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error stands on a line of its own, where both go into one file."""
+    router.status = make_status()
+    monkeypatch.setattr("stagemesh.client.cli.top.top_view", lambda status, rates: "a frame")
+
+    def watch(self: Admin, interval_ms: int) -> Iterator[admin_pb2.MeshStatus]:
+        yield router.status
+        raise UnavailableError("the router went away")
+
+    monkeypatch.setattr(Admin, "watch", watch)
+    code, out, err = run("top", "--admin", router.address, capsys=capsys)
+    assert (code, out, err) == (1, "a frame\n", "error: the router went away\n")
 
 
 def test_timeline_says_where_steps_are_left_out(

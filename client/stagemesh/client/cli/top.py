@@ -31,17 +31,19 @@ def _top(
 
     console = make_console()
     rates, before, looks = Rates(), None, 0
-    with (
-        Admin(admin) as router,
-        Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
-    ):
-        for status in router.watch(int(interval * 1000)):
-            if before is not None:
-                rates = Rates.between(before, status)
-            live.update(top_view(status, rates), refresh=True)
-            before, looks = status, looks + 1
-            if looks == count:
-                break
-    if not console.is_terminal:
-        # Live leaves its last line open there.
-        console.print()
+    try:
+        with (
+            Admin(admin) as router,
+            Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
+        ):
+            for status in router.watch(int(interval * 1000)):
+                if before is not None:
+                    rates = Rates.between(before, status)
+                live.update(top_view(status, rates), refresh=True)
+                before, looks = status, looks + 1
+                if looks == count:
+                    break
+    finally:
+        if looks and not console.is_terminal:
+            # Live leaves its last line open there.
+            console.print()
