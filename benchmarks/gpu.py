@@ -25,7 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_facts import Facts, read_facts, utc_now
+from checkout import utc_now
+from gpu_facts import Facts, read_facts
 from gpu_rows import GROUPS, GPURow, Runs, rows_of_group
 from gpu_runs import RunLog, RunOptions, carry_out
 from gpu_specs import RunSpec, runs_of

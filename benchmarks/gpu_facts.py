@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import commit, utc_now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +22,8 @@ class Facts:
 
 
 def read_facts() -> Facts:
-    """Asks git and nvidia-smi; a tree without git may have a COMMIT file instead."""
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if not commit:
-        file = ROOT / "COMMIT"
-        commit = file.read_text().strip() if file.exists() else "unknown"
-    return Facts(commit=commit, gpus=tuple(_output("nvidia-smi", "-L").splitlines()))
-
-
-def utc_now() -> str:
-    """ISO 8601, seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """Asks git and nvidia-smi."""
+    return Facts(commit=commit() or "unknown", gpus=tuple(_output("nvidia-smi", "-L").splitlines()))
 
 
 def _output(*command: str) -> str:

@@ -6,14 +6,13 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_facts import utc_now
+from checkout import commit, utc_now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,20 +97,6 @@ class Report:
         """Print the JSON object if it was asked for."""
         if self.as_json:
             print(self.text())
-
-
-def commit(folder: Path = Path(__file__).parent) -> str:
-    """Of the checkout that holds `folder`, "+" after it where tracked files have changed; empty where there is none."""
-    try:
-        head = _git(folder, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def machine() -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks_for_tests import import_benchmark
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ON_GPU = {"lanes": [{"stages": [{"description": {"ranks": [{"device": "cuda:0 NVIDIA H200"}]}}]}]}
 
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu_rows")
+    return import_benchmark(monkeypatch, "gpu_rows")
 
 
 def engine(links: list[list[str]], **facts: object) -> dict[str, Any]:

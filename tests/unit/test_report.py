@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks_for_tests import import_benchmark
 
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("report")
+    return import_benchmark(monkeypatch, "report")
 
 
 def test_the_commit_is_marked_where_the_tree_has_changes(report: Any, tmp_path: Path) -> None:

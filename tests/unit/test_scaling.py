@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from benchmarks_for_tests import import_benchmark
 
 from stagemesh.stage.gpus import Gpu
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("scaling")
+    return import_benchmark(monkeypatch, "scaling")
 
 
 def test_requests_fill_the_memory_twice(scaling: Any) -> None:

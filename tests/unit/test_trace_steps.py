@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks_for_tests import BENCHMARKS, import_benchmark
 
 
 @pytest.fixture
 def trace_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("trace_steps")
+    return import_benchmark(monkeypatch, "trace_steps")
 
 
 def write_trace(path: Path, num_steps: int) -> Path:
@@ -93,8 +91,7 @@ def test_kinds(trace_steps: Any, name: str, kind: str) -> None:
 
 
 def test_floors_of_the_8b_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("where_time_goes")
+    module = import_benchmark(monkeypatch, "where_time_goes")
     config = json.loads((BENCHMARKS / "shapes" / "llama-3.1-8b" / "config.json").read_text())
     machine = module.Machine(tb_s=4.17, tflops=790.0)
     floors = module.floors_us(config, machine, batch=1, context=128, stages=1, tp=1)
