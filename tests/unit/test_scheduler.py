@@ -209,14 +209,17 @@ def test_out_of_blocks_the_lower_priority_yields() -> None:
     assert list(lane.finished) == ["young", "old"]
 
 
+def begins_alike(index: int) -> Request:
+    """Ten blocks of its prompt are those of every other, one token is its own."""
+    prompt = np.append(make_request("first", 40).prompt, np.uint32(index))
+    return replace(make_request(f"r{index}", max_tokens=4), prompt=prompt)
+
+
 def test_blocks_of_a_prefix_that_others_own_are_not_needed_twice() -> None:
     """Eight that begin alike, and room for one that does not."""
     lane = ScheduledLane(make_limits(num_blocks=20, max_blocks=20))
-    alike = make_request("first", 40, 12).prompt
     for index in range(8):
-        lane.submit(
-            replace(make_request(f"r{index}", max_tokens=4), prompt=np.append(alike, np.uint32(index)))
-        )
+        lane.submit(begins_alike(index))
         if not index:
             lane.step()
             lane.result()
@@ -231,11 +234,8 @@ def test_blocks_of_a_prefix_that_others_own_are_not_needed_twice() -> None:
 def test_a_step_admits_cached_prefixes_up_to_its_positions_and_one_more() -> None:
     """Their blocks cost no time; a GPU stage has room for as many changes of block tables, and those of one prompt."""
     lane = ScheduledLane(make_limits(num_blocks=100, step_tokens=16))
-    alike = make_request("first", 40, 12).prompt
     for index in range(8):
-        lane.submit(
-            replace(make_request(f"r{index}", max_tokens=4), prompt=np.append(alike, np.uint32(index)))
-        )
+        lane.submit(begins_alike(index))
         while not index and lane.scheduler._prefill_waits():
             lane.step()
             lane.result()

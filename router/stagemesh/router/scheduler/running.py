@@ -60,10 +60,14 @@ class Running:
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether the whole of its prompt and a token fit what is free; blocks that others of its prefix own cost nothing."""
-        needed = -(-(len(sequence.to_prefill) + 1) // self.limits.block_size)
+        needed = self.prompt_blocks(sequence)
         if needed <= self.pool.num_free:
             return True
         return needed - self.pool.num_owned(self._prefix(sequence)) <= self.pool.num_free
+
+    def prompt_blocks(self, sequence: Sequence) -> int:
+        """That its prompt and a token take."""
+        return len(sequence.to_prefill) // self.limits.block_size + 1
 
     def _prefix(self, sequence: Sequence) -> list[int]:
         return self.pool.match(sequence.to_prefill, sequence.keys) if self.limits.prefix_cache else []

@@ -302,7 +302,7 @@ class Scheduler:
         if count <= slots and self._waiting_positions // size + count <= blocks:
             return count
         for index, sequence in enumerate(self._waiting[:slots]):
-            blocks -= len(sequence.to_prefill) // size + 1
+            blocks -= self.running.prompt_blocks(sequence)
             if blocks < 0:
                 return index
         return min(count, slots)
