@@ -98,8 +98,6 @@ class _Link:
 
     def check(self) -> None:
         """Raises what NCCL found meanwhile. Not where the launch thread is inside NCCL: it will find out itself."""
-        if self.error:
-            raise self.error
         if self.lock.acquire(timeout=0.1):
             try:
                 for comm in [] if self.broken else self.comms:
@@ -118,6 +116,9 @@ class _Link:
         finally:
             if locked:
                 self.lock.release()
+
+
+_NO_LINK = _Link([])
 
 
 class NcclLinks(DeviceLinks):
@@ -278,7 +279,7 @@ class NcclLinks(DeviceLinks):
                 link.check()
             except Exception as error:  # noqa: BLE001 - cupy knows not every status of NCCL by name
                 return f"the {link_name(kind)} link failed: {error!r}"
-        return ""
+        return self.failure()
 
     def failure(self) -> str:
         for (kind, _), link in list(self._links.items()):
@@ -292,19 +293,14 @@ class NcclLinks(DeviceLinks):
         return self._buffers["hidden"][index, : count * self._hidden].view(count, self._hidden)
 
     def send_hidden(self, hidden: torch.Tensor, done: Event) -> int:
-        # None where an abort came between: what is broken off does nothing, and the step's result is nobody's.
-        link = self._links.get((ACTIVATIONS, True))
-        if link is None:
-            return 0
         self._send.wait_event(done)
-        self._put(link, hidden, self._send)
+        num_peers = self._put(ACTIVATIONS, hidden, self._send)
         self._mark_sent("hidden", self._num_sent % len(self._sent["hidden"]), self._send)
         self._num_sent += 1
-        return hidden.nbytes * len(link.comms)
+        return hidden.nbytes * num_peers
 
     def receive_hidden(self, into: torch.Tensor) -> None:
-        if link := self._links.get((ACTIVATIONS, False)):
-            self._get(link, into, self._compute)
+        self._get(ACTIVATIONS, into, self._compute)
 
     def send_ring(self, index: int, tokens: torch.Tensor) -> None:
         if not self.sends_ring or not tokens.shape[0]:
@@ -315,8 +311,7 @@ class NcclLinks(DeviceLinks):
         copied = self._device.event()
         copied.record()
         self._ring.wait_event(copied)
-        if link := self._links.get((RING, True)):
-            self._put(link, out, self._ring)
+        self._put(RING, out, self._ring)
         self._mark_sent("tokens", index, self._ring)
 
     def expect_ring(self, batch: Batch) -> None:
@@ -341,8 +336,7 @@ class NcclLinks(DeviceLinks):
         while self._expected and self._expected[0][0] <= due:
             _, slots = self._expected.popleft()
             tokens = self._buffers["ring"][0, : slots.shape[0]]
-            if link := self._links.get((RING, False)):
-                self._get(link, tokens, self._compute)
+            self._get(RING, tokens, self._compute)
             self._slot_tokens.index_copy_(0, slots, tokens)
 
     def _refresh(self) -> None:
@@ -366,15 +360,21 @@ class NcclLinks(DeviceLinks):
         event.record(stream)
         self._sent[name][index] = event
 
-    def _put(self, link: _Link, tensor: torch.Tensor, stream: Stream) -> None:
-        kind = self._types[tensor.dtype]
-        link.each(
-            lambda comm: comm.send(tensor.data_ptr(), tensor.numel(), kind, RECEIVER, stream.cuda_stream)
-        )
+    # A link that an abort has taken away meanwhile does nothing, as one that is broken off: the step's result is nobody's.
 
-    def _get(self, link: _Link, tensor: torch.Tensor, stream: Stream) -> None:
-        kind = self._types[tensor.dtype]
-        link.each(lambda comm: comm.recv(tensor.data_ptr(), tensor.numel(), kind, SENDER, stream.cuda_stream))
+    def _put(self, kind: int, tensor: torch.Tensor, stream: Stream) -> int:
+        """To each peer; returns how many there are."""
+        link, dtype = self._links.get((kind, True), _NO_LINK), self._types[tensor.dtype]
+        link.each(
+            lambda comm: comm.send(tensor.data_ptr(), tensor.numel(), dtype, RECEIVER, stream.cuda_stream)
+        )
+        return len(link.comms)
+
+    def _get(self, kind: int, tensor: torch.Tensor, stream: Stream) -> None:
+        link, dtype = self._links.get((kind, False), _NO_LINK), self._types[tensor.dtype]
+        link.each(
+            lambda comm: comm.recv(tensor.data_ptr(), tensor.numel(), dtype, SENDER, stream.cuda_stream)
+        )
 
     def _join(self, unique_id: bytes, place: int) -> Any:
         """Returns when the other end has come too."""

@@ -244,9 +244,8 @@ class Worker:
         """Send on what a step left behind. Called in order of steps; for a device's from the result thread."""
         lane, output = step.lane, step.handle.wait()
         ended_ns = time.monotonic_ns()
-        if (
-            lane is not self._lane or lane.over
-        ):  # poisoned: what completes after a link broke or the epoch was raised
+        # Poisoned: what completes after a link broke or the epoch was raised is nobody's.
+        if lane is not self._lane or lane.over:
             return
         if failure := self._engine.links.failure():
             self._break(failure)
