@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import ssl
 import threading
@@ -82,14 +81,17 @@ class Variables:
             self.choice(f"{prefix}COMPRESSION", COMPRESSIONS, "none")
             self.number(f"{prefix}TIMEOUT", 10, low=0.001, high=threading.TIMEOUT_MAX)
             self._headers(f"{prefix}HEADERS")
-            for key in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
-                self._file(f"{prefix}{key}")
+            self._file(f"{prefix}CERTIFICATE", of_authorities=True)
+            self._file(f"{prefix}CLIENT_CERTIFICATE")
+            self._file(f"{prefix}CLIENT_KEY")
 
-    def _file(self, key: str) -> None:
+    def _file(self, key: str, *, of_authorities: bool = False) -> None:
         path = self.text(key)
+        if not path:
+            return
         try:
-            Path(path or os.devnull).open("rb").close()
-            if path and key.endswith("_CERTIFICATE") and not key.endswith("_CLIENT_CERTIFICATE"):
+            Path(path).open("rb").close()
+            if of_authorities:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         except ssl.SSLError:
             raise ConfigError(f"{key}: '{path}' has no certificate in it; expected a PEM file") from None
