@@ -136,6 +136,30 @@ def test_small_steps_and_chunked_prompts(mesh_of: MeshOf, reference: Reference) 
     compare(mesh_of((1, 1), router_flags=("--step-tokens", "48", "--lookahead", "2")), reference, seed=4)
 
 
+@pytest.mark.parametrize("tps", LAYOUTS[:3])
+def test_prompts_that_begin_alike(tps: tuple[int, ...], mesh_of: MeshOf, reference: Reference) -> None:
+    """A beginning of 93 blocks, kept from one prompt and shared by 48 that come at once."""
+    mesh = mesh_of(tps, router_flags=("--prefix-cache",))
+    rng = np.random.default_rng(13)
+    beginning = rng.integers(0, VOCAB_SIZE, 1500).tolist()
+    prompts = {
+        f"p{index}": beginning + rng.integers(0, VOCAB_SIZE, 1 + index).tolist() for index in range(49)
+    }
+    answers = {}
+    for names in (list(prompts)[:1], list(prompts)[1:]):
+        calls = {
+            name: mesh.stub.Generate(make_request(prompts[name], 12, request_id=name), timeout=CALL_TIMEOUT_S)
+            for name in names
+        }
+        answers |= {name: read_answer(call) for name, call in calls.items()}
+    assert [answer.usage.cached_tokens for answer in answers.values()] == [0] + 48 * [1488]
+    logits = mesh.logits()
+    comparison = Comparison()
+    for name, answer in answers.items():
+        comparison.add(reference, prompts[name], answer.token_ids, logits[name])
+    comparison.check()
+
+
 @pytest.mark.skipif(REHEARSAL, reason="the kernels are those of GPUs")
 @pytest.mark.parametrize("tps", [(1,), pytest.param((2,), marks=pytest.mark.gpus(2))], ids=["1", "TP2"])
 def test_kernels_that_do_not_compile_are_done_without(
