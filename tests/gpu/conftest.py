@@ -48,11 +48,13 @@ def reference(model: Path) -> Iterator[Reference]:
 
 @pytest.fixture(scope="module")
 def mesh_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeshOf]:
-    """mesh_of(tps, **options): a ready mesh, one at a time; the same one again if nothing else came between."""
+    """mesh_of(tps, model=..., **options): a ready mesh, one at a time, since GPUs have room for one; the same one again if
+    nothing else came between."""
+    default = model
     current: list[tuple[str, GPUMesh]] = []
 
-    def get(tps: tuple[int, ...], **options: Any) -> GPUMesh:
-        key = repr((tps, sorted(options.items())))
+    def get(tps: tuple[int, ...], *, model: Path = default, **options: Any) -> GPUMesh:
+        key = repr((tps, model, sorted(options.items())))
         if current and current[-1][0] == key:
             return current[-1][1]
         while current:

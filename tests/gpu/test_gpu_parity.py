@@ -75,31 +75,23 @@ def test_layouts(tps: tuple[int, ...], mesh_of: MeshOf, reference: Reference) ->
     compare(mesh, reference)
 
 
-def compare_alone(folder: Path, tps: tuple[int, ...], share: float, **shape: int) -> None:
-    """On a mesh and with a model of their own."""
-    (folder / "model").mkdir()
-    (folder / "mesh").mkdir()
-    model = make_model(folder / "model", **shape)
-    mesh = GPUMesh(folder / "mesh", model, tps, share=share)
-    try:
-        mesh.wait_ready()
-        check_links(mesh)
-        compare(mesh, Reference.load(model, torch.bfloat16))
-    finally:
-        mesh.close()
-
-
 @pytest.mark.gpus(2)
-def test_four_stages(tmp_path: Path) -> None:
+def test_four_stages(mesh_of: MeshOf, tmp_path: Path) -> None:
     """With a layer each, of a model that has one more than the others' here; two of them may share a GPU."""
-    compare_alone(tmp_path, (1, 1, 1, 1), 0.1, layers=4)
+    model = make_model(tmp_path, layers=4)
+    mesh = mesh_of((1, 1, 1, 1), model=model, share=0.1)
+    check_links(mesh)
+    compare(mesh, Reference.load(model, torch.bfloat16))
 
 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("tps", [(2,), (2, 1)], ids=["TP2", "TP2-TP1"])
-def test_heads_that_ranks_share_unevenly(tps: tuple[int, ...], tmp_path: Path) -> None:
+def test_heads_that_ranks_share_unevenly(tps: tuple[int, ...], mesh_of: MeshOf, tmp_path: Path) -> None:
     """One KV head with its queries more on one rank than on the other."""
-    compare_alone(tmp_path, tps, 0.2, kv_heads=KV_HEADS + 1)
+    model = make_model(tmp_path, kv_heads=KV_HEADS + 1)
+    mesh = mesh_of(tps, model=model, share=0.2)
+    check_links(mesh)
+    compare(mesh, Reference.load(model, torch.bfloat16))
 
 
 @pytest.mark.parametrize("tps", LAYOUTS[1:3])

@@ -55,6 +55,19 @@ def demo() -> Path:
     pytest.skip("the demo model is not here: make model, or STAGEMESH_DEMO_MODEL=FILE")
 
 
+@pytest.fixture(scope="module")
+def reference(demo: Path) -> Reference:
+    """The judge, read once: a GGUF takes transformers half a minute."""
+
+    def load(dtype: torch.dtype) -> AutoModelForCausalLM:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(demo.parent), gguf_file=demo.name, dtype=dtype, attn_implementation="sdpa"
+        )
+        return model.to(DEVICE).eval()
+
+    return Reference(load(torch.float32), load(torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "tps",
     [
@@ -64,14 +77,7 @@ def demo() -> Path:
     ],
     ids=["1", "2stages", "TP2"],
 )
-def test_smollm2(tps: tuple[int, ...], demo: Path, tmp_path: Path) -> None:
-    def load(dtype: torch.dtype) -> AutoModelForCausalLM:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(demo.parent), gguf_file=demo.name, dtype=dtype, attn_implementation="sdpa"
-        )
-        return model.to(DEVICE).eval()
-
-    reference = Reference(load(torch.float32), load(torch.bfloat16))
+def test_smollm2(tps: tuple[int, ...], demo: Path, reference: Reference, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(demo)
     mesh = GPUMesh(tmp_path, demo, tps)
     try:
