@@ -5,8 +5,10 @@ The SDK's histogram takes one value at a time, at 5 µs each; a busy router has 
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +34,12 @@ class Snapshot:
         return sum(self.bucket_counts)
 
 
+AT_ONCE = 4096
+"""Values that wait to be sorted into buckets, at most: sorting a few costs almost what sorting many does."""
+
+
 class Series:
-    """The values under one set of attributes.
+    """The values under one set of attributes. They are added by one thread, and looked at by any.
 
     Args:
         bounds: Upper bounds of the buckets, inclusive, rising.
@@ -47,15 +53,32 @@ class Series:
         self._counts = np.zeros(len(bounds) + 1, np.int64)
         self._total = 0.0
         self._lowest, self._highest = float("inf"), 0.0
+        self._waiting: deque[npt.NDArray[np.float64]] = deque()
+        self._num_waiting = 0
+        self._sorting = threading.Lock()
 
     def add(self, value: float) -> None:
         """Take one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
-        self._lowest, self._highest = min(self._lowest, value), max(self._highest, value)
+        with self._sorting:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._total += value
+            self._lowest, self._highest = min(self._lowest, value), max(self._highest, value)
 
     def add_all(self, values: npt.NDArray[np.float64]) -> None:
-        """Take [N] values."""
+        """Take [N] values, which the caller leaves as they are."""
+        self._waiting.append(values)
+        self._num_waiting += len(values)
+        if self._num_waiting >= AT_ONCE or len(self._waiting) >= AT_ONCE:
+            self._num_waiting = 0
+            self._sort()
+
+    def _sort(self) -> None:
+        with self._sorting:
+            waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            if waiting:
+                self._count(np.concatenate(waiting))
+
+    def _count(self, values: npt.NDArray[np.float64]) -> None:
         if not len(values):
             return
         places = np.searchsorted(self._edges, values)
@@ -66,6 +89,7 @@ class Series:
 
     def snapshot(self) -> Snapshot:
         """What it has, for a thread that exports."""
+        self._sort()
         counts = self._counts.tolist()
         return Snapshot(
             self._attributes, counts, self._total, self._lowest if any(counts) else 0.0, self._highest
@@ -105,18 +129,19 @@ class Recent:
     """
 
     def __init__(self, size: int) -> None:
-        self._values = np.zeros(size)
+        self._size = size
+        self._kept: deque[npt.NDArray[np.float64]] = deque([np.zeros(0)])
         self._count = 0
+        """Values in there: enough without the first array."""
 
     def add_all(self, values: npt.NDArray[np.float64]) -> None:
-        """Take [N] values; the oldest go."""
-        size = len(self._values)
-        values = values[-size:]
-        places = (self._count + np.arange(len(values))) % size
-        self._values[places] = values
+        """Take [N] values, which the caller leaves as they are; the oldest go."""
+        self._kept.append(values)
         self._count += len(values)
+        while self._count - len(self._kept[0]) >= self._size:
+            self._count -= len(self._kept.popleft())
 
     def percentiles(self, *percents: float) -> list[float]:
         """Of the values kept; zeros where there are none."""
-        kept = self._values[: min(self._count, len(self._values))]
+        kept = np.concatenate(self._kept)[-self._size :]
         return np.percentile(kept, percents).tolist() if len(kept) else [0.0] * len(percents)

@@ -81,13 +81,14 @@ class LaneStats:
         slots = deltas.slots
         if len(slots):
             last = self._last_at[slots]
-            running = last > 0
-            gaps = now - last[running]
+            self._last_at[slots] = now
+            if last[last.argmin()] == 0:
+                running = last > 0
+                self._take_first(deltas, ~running, now)
+                last = last[running]
+            gaps = now - last
             self.inter_token.of().add_all(gaps)
             self.recent_inter_token.add_all(gaps)
-            self._last_at[slots] = now
-            if len(gaps) < len(slots):
-                self._take_first(deltas, ~running, now)
         for sequence, finish in deltas.ends:
             self._end(sequence, finish, now)
 
