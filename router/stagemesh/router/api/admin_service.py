@@ -40,6 +40,7 @@ class AdminService:
         self._requests = requests
         self._workers = workers
         self._started = time.monotonic()
+        self._version = version("stagemesh")
 
     async def GetStatus(
         self, request: admin_pb2.GetStatusRequest, context: Context
@@ -88,7 +89,7 @@ class AdminService:
         ttft_p50, ttft_p99 = stats.recent_ttft.percentiles(50, 99)
         gap_p50, gap_p99 = stats.recent_inter_token.percentiles(50, 99)
         return admin_pb2.MeshStatus(
-            version=version("stagemesh"),
+            version=self._version,
             model_name=requests.model.name,
             lanes=[_lane_status(requests.lane, requests.draining)],
             num_running=scheduler.num_running if scheduler else 0,

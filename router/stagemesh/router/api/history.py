@@ -23,6 +23,8 @@ SETTLE_S = 1.0
 MAX_SETTLE_S = 5.0
 """What the stages have not reported by then is missing in its trace, unless the router itself had no turn to read it."""
 POLL_S = 0.02
+PAUSE_S = 0.05
+"""At least, between two times that requests are settled: those that ended a few steps apart cost one wake-up."""
 SWEEP_S = 2.0
 SAFE_STEPS = STEPS_KEPT * 3 // 8
 """A request whose first step is so old when it ends is not left for later: one behind it, as old by then as this, is found
@@ -114,7 +116,7 @@ class RequestHistory:
         self._read_old()
         if self._unsettled or self._unread:
             pause_s = self._unsettled[0][0] - now if self._unsettled else SWEEP_S
-            self._settle_after(min(pause_s, SWEEP_S))
+            self._settle_after(min(max(pause_s, PAUSE_S), SWEEP_S))
 
     def _is_reported(self, live: LiveRequest) -> bool:
         """Whether every stage has said where the time of its last step went."""

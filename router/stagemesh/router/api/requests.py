@@ -149,11 +149,15 @@ class Requests:
     def _take_deltas(self, deltas: StepDeltas) -> None:
         """The per-token path: nothing here is done for each token but by numpy."""
         table, slots = self._by_slot, deltas.slots
-        if table.awaits_first[slots].any():
+        if np.count_nonzero(table.awaits_first[slots]):
             self._take_first_tokens(deltas)
         self.output_tokens += len(slots)
         ends = self._take_ends(deltas.ends)
-        handles, ports = table.handles[slots], table.ports[slots]
+        handles = table.handles[slots]
+        if len(self._ports) == 1 and (only := self._ports[0]):
+            only.outlet.take(handles, deltas.token_ids, ends.get(0, NO_ENDS))
+            return
+        ports = table.ports[slots]
         for port in self._ports:
             if port is None:
                 continue
