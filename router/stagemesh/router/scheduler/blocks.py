@@ -84,7 +84,7 @@ class BlockPool:
             self._free[first : first + count] = False
             self._owners[first : first + count] = 1
         else:
-            blocks = [self._pop() for _ in range(count)]
+            blocks = self._pop_all(count)
         self._num_free -= count
         return blocks
 
@@ -94,12 +94,15 @@ class BlockPool:
         Args:
             last: Distinct blocks, at most `num_free`.
         """
-        self._make_room(len(last))
+        if self._num_free < len(last):
+            self._make_room(len(last))
         blocks = last + 1
         follows = self._free[blocks]
-        self._free[blocks[follows]] = False
-        self._owners[blocks[follows]] = 1
-        blocks[~follows] = [self._pop() for _ in range(len(last) - int(np.count_nonzero(follows)))]
+        following = blocks[follows]
+        self._free[following] = False
+        self._owners[following] = 1
+        if len(following) < len(last):
+            blocks[~follows] = self._pop_all(len(last) - len(following))
         self._num_free -= len(last)
         return blocks
 
@@ -155,6 +158,24 @@ class BlockPool:
         fresh = freed[~self._on_stack[freed]]
         self._on_stack[fresh] = True
         self._stack += fresh.tolist()
+
+    def _pop_all(self, count: int) -> list[int]:
+        """What so many times `_pop` gives, at once where no claim is in the way."""
+        blocks: list[int] = []
+        stack = self._stack
+        while (missing := count - len(blocks)) and stack:
+            top = stack[: -missing - 1 : -1]
+            looked_at = np.array(top)
+            free = self._free[looked_at]
+            if self._claimed[looked_at[free]].any():
+                break
+            del stack[-len(top) :]
+            self._on_stack[looked_at] = False
+            blocks += top if free.all() else looked_at[free].tolist()
+        taken = np.array(blocks, np.int64)
+        self._free[taken] = False
+        self._owners[taken] = 1
+        return blocks + [self._pop() for _ in range(count - len(blocks))]
 
     def _pop(self) -> int:
         passed_over: list[int] = []
