@@ -17,7 +17,7 @@ from stagemesh.router.api.live_request import LiveRequest
 from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.lane.timings import STEPS_KEPT, StageTimings
 from stagemesh.router.scheduler import Finish
-from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.scheduler.sequence import TOKEN_BITS, Sequence
 from stagemesh.v1 import stage_pb2
 from stagemesh.wire.columns import U64, pack
 
@@ -30,7 +30,8 @@ def make_live(name: str, first_step: int = 4) -> LiveRequest:
     live = LiveRequest(request=request, port=PORT, handle=1, arrived=1.0, first_token=1.5, ended=3.0)
     live.sequence = Sequence(request, order=1)
     live.sequence.prefill_steps = [first_step]
-    live.sequence.chunks = [(np.array([1, 2, 3], np.uint32), first_step + np.arange(3))]
+    steps = first_step + np.arange(3, dtype=np.uint64)
+    live.sequence.chunks = [np.array([1, 2, 3], np.uint64) | steps << np.uint64(TOKEN_BITS)]
     live.finish = Finish.LENGTH
     return live
 

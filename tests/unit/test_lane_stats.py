@@ -6,7 +6,7 @@ import numpy as np
 
 from stagemesh.router.lane.stats import LaneStats
 from stagemesh.router.scheduler import Finish, Request, StepDeltas
-from stagemesh.router.scheduler.sequence import Sequence
+from stagemesh.router.scheduler.sequence import TOKEN_BITS, Sequence
 from stagemesh.wire.telemetry.histogram import BulkHistogram
 
 
@@ -20,7 +20,7 @@ def sequence(name: str, slot: int, arrived: float = 0.0) -> Sequence:
 def tokens(stats: LaneStats, now: float, *sequences: Sequence, end: Sequence | None = None) -> None:
     """A step brings each of them a token."""
     for one in sequences:
-        one.chunks.append((np.array([7], np.uint32), np.array([1])))
+        one.chunks.append(np.array([1 << TOKEN_BITS | 7], np.uint64))
     stats.take(
         StepDeltas(
             sequences=np.array([*sequences, None], object)[:-1],

@@ -21,7 +21,7 @@ from stagemesh.router.lane.step_records import StepRecords
 from stagemesh.router.scheduler import Request, Scheduler, Step, StepDeltas
 from stagemesh.router.scheduler.event_log import EventLog
 from stagemesh.router.scheduler.sequence import Sequence
-from stagemesh.router.scheduler.step import encode
+from stagemesh.router.scheduler.step import encode_into
 from stagemesh.router.tracing.step_spans import StepSpans
 from stagemesh.v1 import admin_pb2, stage_pb2
 from stagemesh.wire.columns import U32, unpack
@@ -335,13 +335,15 @@ class Lane:
             self._tell(expired)
         if self.scheduler and (step := self._next_step(self.scheduler)):
             self._send(step)
-            self._pump_soon()  # the next is formed when this one is on its way
+            if not self.scheduler.full:
+                self._pump_soon()  # the next is formed when this one is on its way
 
     def _send(self, step: Step) -> None:
         sent_ns = time.monotonic_ns()
         traceparent = self._spans.step_sent(step) if self._spans else ""
-        message = encode(step, self.epoch, traceparent)
-        request = stage_pb2.ExecuteRequest(steps=[message]).SerializeToString()
+        message = stage_pb2.ExecuteRequest()
+        encode_into(message.steps.add(), step, self.epoch, traceparent)
+        request = message.SerializeToString()
         for stage in self.stages:
             stage.send(request)
         self._sent_at[step.number] = sent_ns / 1e9

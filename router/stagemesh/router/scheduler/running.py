@@ -23,9 +23,12 @@ class Running:
     Args:
         limits: Of the lane.
         on_yielded: Called with a sequence that gave up its slot and is to be computed again.
+        oldest_in_flight: Says the number of the oldest unanswered step; 0 if there is none.
     """
 
-    def __init__(self, limits: Limits, on_yielded: Callable[[Sequence], None]) -> None:
+    def __init__(
+        self, limits: Limits, on_yielded: Callable[[Sequence], None], oldest_in_flight: Callable[[], int]
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self.slots = SlotColumns(limits.max_slots, limits.max_blocks)
@@ -39,6 +42,7 @@ class Running:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self._on_yielded = on_yielded
+        self._oldest_in_flight = oldest_in_flight
 
     def take_changes(self) -> Changes:
         """What has changed since the last step; the stages hear of it in the next."""
@@ -170,6 +174,11 @@ class Running:
         self.changes.release(slots.tolist())
         self.slots.vacate(slots)
 
+    def in_flight(self, sequence: Sequence) -> bool:
+        """Whether a step with a row of this running sequence is unanswered."""
+        oldest = self._oldest_in_flight()
+        return 0 < oldest <= int(self.slots.last_step[sequence.slot])
+
     def victim(self) -> Sequence:
         """Who yields: the lowest priority, and of those the youngest."""
         youngest: Sequence = max(
@@ -187,7 +196,7 @@ class Running:
 
     def yield_idle(self) -> None:
         """Those who were asked to yield leave once nothing of theirs is in flight."""
-        for sequence in [one for one in self.yielding.values() if self.slots.steps_in_flight[one.slot] == 0]:
+        for sequence in [one for one in self.yielding.values() if not self.in_flight(one)]:
             self.vacate([sequence])
             sequence.to_prefill = sequence.history
             sequence.num_preemptions += 1

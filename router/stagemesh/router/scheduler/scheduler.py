@@ -53,6 +53,8 @@ DEADLINES_KEPT = 64
 RETRY_S = (0.1, 60.0)
 """Shortest and longest hint when to try again."""
 
+NOTHING_NEW = StepDeltas()
+
 Int64 = npt.NDArray[np.int64]
 
 
@@ -61,7 +63,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.running = Running(limits, self._enqueue)
+        self.running = Running(limits, self._enqueue, lambda: self.oldest_in_flight)
         self.pace = Pace(limits)
         self._waiting: list[Sequence] = []
         self._waiting_positions = 0
@@ -131,6 +133,8 @@ class Scheduler:
         """End every request whose deadline has passed; to be called before `next_step`, so that none of them
         costs another step. Their blocks are free at once."""
         passed = []
+        if not self._deadlines or self._deadlines[0][0] > now:
+            return NOTHING_NEW
         while self._deadlines and self._deadlines[0][0] <= now:
             passed.append(heappop(self._deadlines)[2])
         return self._finish([(one, Finish.DEADLINE) for one in passed if one.finish is None])
@@ -156,15 +160,13 @@ class Scheduler:
         # Rows of a tenancy that is over are of a sequence that has ended: one that yields waits for its steps.
         slots, sequences = step.slots, step.sequences
         here = columns.tenancy[slots] == step.tenancies
-        if not here.all():
+        if np.count_nonzero(here) < len(here):
             token_ids = token_ids[here[step.sample]]
             slots, sequences, sample = slots[here], sequences[here], step.sample[here]
         else:
             sample = step.sample
-        columns.steps_in_flight[slots] -= 1
         if len(token_ids) < len(slots):
             slots, sequences = slots[sample], sequences[sample]
-        columns.unseen[slots] -= 1
         columns.append(slots, token_ids, number)
         left = columns.tokens_left[slots] - 1
         columns.tokens_left[slots] = left
@@ -177,7 +179,7 @@ class Scheduler:
             elif not left[row]:
                 ends.append((sequences[row], Finish.LENGTH))
         if ends:
-            self._finish(ends)
+            self._end(ends)
             self._ended_at.extend([now] * len(ends))
         if self.running.yielding:
             self.running.yield_idle()
@@ -198,7 +200,7 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step | None:
         """The next step, if there is work that may be sent now."""
-        if len(self._in_flight) >= self.pace.max_in_flight:
+        if self.full:
             return None
         yielded = self.running.num_preemptions
         prefill_waits = self._prefill_waits()
@@ -237,6 +239,11 @@ class Scheduler:
     def num_cached_tokens(self) -> int:
         """Of those, found in the prefix cache."""
         return self.running.num_cached_tokens
+
+    @property
+    def full(self) -> bool:
+        """Whether as many steps are unanswered as may be."""
+        return len(self._in_flight) >= self.pace.max_in_flight
 
     @property
     def num_in_flight(self) -> int:
@@ -309,18 +316,19 @@ class Scheduler:
 
     def _pick_decodes(self, prefill_waits: bool) -> Int64:
         columns = self.running.slots
-        unfinished = columns.decoding & (columns.position < columns.end_position)
-        total = unfinished.nonzero()[0]
+        total = (columns.decoding & (columns.position < columns.end_position)).nonzero()[0]
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
         self.pace.running(len(total), context, self._startable())
-        ready = total[columns.unseen[total] <= self.limits.lookahead]
+        unseen = columns.unseen(total)
+        seen = unseen <= self.limits.lookahead
+        ready = total[seen]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
         kept = self.limits.step_tokens // PREFILL_PART if prefill_waits else 0
         most = max(self.limits.step_tokens - kept, 1)
         if prefill_waits and self.pace.num_microbatches > 1:
             # A token that is still on its way would hold up a step that has prefill to go on with.
             recent = columns.last_step[ready] > self._number + 1 - self.pace.num_microbatches
-            ready = ready[~(recent & (columns.unseen[ready] > 0))]
+            ready = ready[~(recent & (unseen[seen] > 0))]
         if len(ready):
             ready = self._share(ready, total, most, prefill_waits)
         full = ready[columns.position[ready] == columns.num_blocks[ready] * self.limits.block_size]
@@ -349,9 +357,9 @@ class Scheduler:
             return ready
         last, positions = columns.last_step[ready], columns.position[ready]
         share = pace.weight(columns.position, total) / pace.num_microbatches
-        lightest = float(pace.row_weights(positions.min()))
+        lightest = float(pace.row_weights(positions[positions.argmin()]))
         slack = max(SLACK * share, lightest)
-        longest = last == last.min()
+        longest = last == last[last.argmin()]
         together: Int64 = ready[longest]
         weighs = pace.weight(columns.position, together)
         if abs(weighs - share) <= slack:
@@ -366,7 +374,7 @@ class Scheduler:
             about = groups[np.abs(sums[groups - 1] - share) <= slack]
             count = int(about[0]) if len(about) else count
         if count > len(together):
-            free = (last == last[0]) | (columns.unseen[ready] == 0)
+            free = (last == last[0]) | (columns.unseen(ready) == 0)
             num_free = len(free) if free.all() else int(free.argmin())
             # More groups than there should be in flight have to become fewer, at the price of a wait.
             crowded = np.count_nonzero(last[1:] != last[:-1]) >= pace.num_microbatches
@@ -420,11 +428,11 @@ class Scheduler:
     def _make_step(self, number: int, decodes: Int64, prefills: list[tuple[Sequence, int]]) -> Step:
         columns = self.running.slots
         inputs = columns.last_step[decodes]
-        newest_input = int(inputs.max()) if len(decodes) else 0
+        newest_input = int(inputs[inputs.argmax()]) if len(decodes) else 0
         if not prefills:
             # What that step sampled has its token from it, unless a later one has sampled it since.
             earlier = self._sampled.get(newest_input, decodes[:0])
-            same_rows = len(earlier) == len(decodes) and (earlier == decodes).all()
+            same_rows = len(earlier) == len(decodes) and np.count_nonzero(earlier == decodes) == len(decodes)
             return Step(
                 number=number,
                 changes=self.running.take_changes(),
@@ -476,9 +484,7 @@ class Scheduler:
         starts = columns.position[slots]
         positions = starts + step.counts
         columns.position[slots] = positions
-        columns.steps_in_flight[slots] += 1
-        columns.unseen[sampled] += 1
-        columns.last_step[sampled] = step.number
+        columns.last_step[slots] = step.number
         self.pace.sent(
             step.number,
             decodes,
@@ -514,6 +520,10 @@ class Scheduler:
         insort(self._waiting, sequence, key=lambda waiting: waiting.waits_before)
 
     def _finish(self, ends: list[tuple[Sequence, Finish]]) -> StepDeltas:
+        self._end(ends)
+        return StepDeltas(ends=tuple(ends))
+
+    def _end(self, ends: list[tuple[Sequence, Finish]]) -> None:
         for sequence, finish in ends:
             sequence.finish = finish
             del self._live[sequence.request.request_id]
@@ -523,7 +533,6 @@ class Scheduler:
                 self._waiting.remove(sequence)
         if running := [sequence for sequence, _ in ends if sequence.slot >= 0]:
             self.running.vacate(running)
-        return StepDeltas(ends=tuple(ends))
 
     def _retry_after_s(self, now: float) -> float:
         """Until about a tenth of the queue has got on, at the pace at which requests ended lately."""

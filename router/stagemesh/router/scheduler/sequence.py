@@ -13,8 +13,16 @@ from stagemesh.router.scheduler.request import Finish, Request
 TOKENS_KEPT = 64
 """Generated tokens of a running sequence that are kept in columns, before they are put away."""
 
+TOKEN_BITS = 32
+"""Of an entry of `Sampled` that the token takes; the step has the others."""
+
 Tokens = npt.NDArray[np.uint32]
 Int64 = npt.NDArray[np.int64]
+Sampled = npt.NDArray[np.uint64]
+"""[tokens] each with the number of the step that sampled it, in one number, so that a token costs one write."""
+
+
+NOTHING: Sampled = np.zeros(0, np.uint64)
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +48,9 @@ class Sequence:
     num_preemptions: int = 0
     prefill_steps: list[int] = field(default_factory=list)
     """Numbers of the steps that computed chunks of it, for its trace."""
-    chunks: list[tuple[Tokens, Int64]] = field(default_factory=list)
-    """Generated tokens that were put away, and the steps that sampled them."""
-    buffer: Callable[[], tuple[Tokens, Int64]] | None = None
+    chunks: list[Sampled] = field(default_factory=list)
+    """Generated tokens that were put away."""
+    buffer: Callable[[], Sampled] | None = None
     """The same of those still in the columns of its slot."""
 
     @property
@@ -53,29 +61,32 @@ class Sequence:
     @property
     def token_ids(self) -> Tokens:
         """Generated and seen by the router."""
-        return np.concatenate([np.zeros(0, np.uint32), *(tokens for tokens, _ in self._parts())])
+        return self._sampled().astype(np.uint32)
 
     @property
     def history(self) -> Tokens:
         """Its prompt and `token_ids`."""
-        return np.concatenate([self.request.prompt, *(tokens for tokens, _ in self._parts())])
+        return np.concatenate([self.request.prompt, self.token_ids])
 
     @property
     def num_generated(self) -> int:
         """Of `token_ids`."""
-        return sum(len(tokens) for tokens, _ in self._parts())
+        return sum(len(part) for part in self._parts())
 
     @property
     def sampled_steps(self) -> Int64:
         """Numbers of the steps whose token has come back, for its trace: those that decoded it, and of those that computed
         its prompt the last."""
-        return np.concatenate([np.zeros(0, np.int64), *(steps for _, steps in self._parts())])
+        return (self._sampled() >> TOKEN_BITS).astype(np.int64)
 
     @property
     def last_step(self) -> int:
         """Number of the last step that computed it and is known to the router; 0 if none is."""
-        sampled = next((int(steps[-1]) for _, steps in reversed(self._parts()) if len(steps)), 0)
+        sampled = next((int(part[-1]) >> TOKEN_BITS for part in reversed(self._parts()) if len(part)), 0)
         return max(sampled, *self.prefill_steps[-1:], 0)
 
-    def _parts(self) -> list[tuple[Tokens, Int64]]:
+    def _sampled(self) -> Sampled:
+        return np.concatenate([NOTHING, *self._parts()])
+
+    def _parts(self) -> list[Sampled]:
         return [*self.chunks, self.buffer()] if self.buffer else self.chunks

@@ -81,7 +81,16 @@ class Step:
 
 def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:
     """The step on the wire; `traceparent` is of its own trace."""
-    message = stage_pb2.Step(epoch=epoch, number=step.number, traceparent=traceparent)
+    message = stage_pb2.Step()
+    encode_into(message, step, epoch, traceparent)
+    return message
+
+
+def encode_into(message: stage_pb2.Step, step: Step, epoch: int, traceparent: str = "") -> None:
+    """The same into an empty message, which may be part of another."""
+    message.epoch, message.number = epoch, step.number
+    if traceparent:
+        message.traceparent = traceparent
     changes = step.changes
     if changes.released:
         message.release_slots = pack(changes.released, U32)
@@ -92,18 +101,18 @@ def encode(step: Step, epoch: int, traceparent: str = "") -> stage_pb2.Step:
         message.append_blocks = pack(changes.append_blocks, U32)
     if step.same_rows_as:
         message.same_rows_as = step.same_rows_as
-        return message
+        return
     rows = message.rows
     rows.slots = pack(step.slots, U32)
+    if step.newest_input:
+        rows.input_steps = pack(step.input_steps, U64)
+    if not step.tokens:
+        return
     if (step.counts != 1).any():
         rows.counts = pack(step.counts, U32)
-    if step.input_steps.any():
-        rows.input_steps = pack(step.input_steps, U64)
-    if step.tokens:
-        rows.tokens = pack(np.concatenate(step.tokens), U32)
+    rows.tokens = pack(np.concatenate(step.tokens), U32)
     if not step.sample.all():
         rows.sample = pack(step.sample, U8)
-    return message
 
 
 def _admissions(admitted: list[Sequence]) -> stage_pb2.Admissions:
