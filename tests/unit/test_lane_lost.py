@@ -14,7 +14,6 @@ from stagemesh.router.config import RouterConfig
 from stagemesh.router.lane import lane as lane_module
 from stagemesh.router.lane.lane import POLL_S, Lane, LaneEvents
 from stagemesh.router.scheduler import Scheduler
-from stagemesh.v1 import stage_pb2
 from stagemesh.wire.errors import InternalError
 
 ADDRESSES = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
@@ -58,15 +57,10 @@ async def test_who_tells_first_counts(lane: Lane) -> None:
 
 
 async def test_an_answer_that_cannot_be_taken_loses_the_stage_and_says_so(lane: Lane) -> None:
-    class Call:
-        async def read(self) -> stage_pb2.ExecuteResponse:
-            return stage_pb2.ExecuteResponse()
-
     def take(*_: object) -> None:
         raise ValueError("a column is short")
 
-    call: Any = Call()
-    await lane.stages[1]._read(call, take, lane._lose)
+    lane.stages[1]._take(b"", take, lane._lose)
     assert lane._lost
     error = lane._lost.result()
     assert error.stage == lane.stages[1].name

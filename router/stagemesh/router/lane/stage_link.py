@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -15,14 +14,16 @@ from stagemesh.router.lane.clock import ClockOffset
 from stagemesh.router.lane.timings import StageTimings
 from stagemesh.v1 import stage_pb2, stage_pb2_grpc
 from stagemesh.wire.errors import StageLostError, UnavailableError
+from stagemesh.wire.message_stream import MessageStream
 from stagemesh.wire.protocol import EPOCH_KEY
-from stagemesh.wire.service import MESH_CHANNEL_OPTIONS
+from stagemesh.wire.service import MAX_MESSAGE_BYTES, MESH_CHANNEL_OPTIONS
 from stagemesh.wire.status import from_rpc_error
 
 log = logging.getLogger(__name__)
 
 _EXECUTE = "/stagemesh.v1.StageService/Execute"
 DESCRIBE_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 3.0
 STALL_S = 1.0
 """A timer that is later than this shows that the router itself had no turn: what its stages sent is still in the sockets."""
 
@@ -56,9 +57,7 @@ class StageLink:
         self.heard_at = 0.0
         self._channel = grpc.aio.insecure_channel(address, options=MESH_CHANNEL_OPTIONS)
         self.stub = stage_pb2_grpc.StageServiceStub(self._channel)
-        self._outgoing: list[bytes] = []
-        self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._stream: MessageStream | None = None
 
     @property
     def name(self) -> str:
@@ -86,28 +85,26 @@ class StageLink:
 
     def execute(self, epoch: int, on_response: OnResponse, on_lost: OnLost) -> None:
         """Open the Execute stream; `on_lost` is called once if it ends before `close_stream`."""
-        call = self._channel.stream_stream(
-            _EXECUTE, response_deserializer=stage_pb2.ExecuteResponse.FromString
-        )(metadata=((EPOCH_KEY, str(epoch)),))
-        self._outgoing = []
-        self._wake.clear()
         self.heard_at = time.monotonic()
-        self._tasks = [
-            asyncio.create_task(self._write(call, on_lost)),
-            asyncio.create_task(self._read(call, on_response, on_lost)),
-        ]
+        self._stream = MessageStream(
+            _EXECUTE,
+            ((EPOCH_KEY, str(epoch)),),
+            on_message=lambda data: self._take(data, on_response, on_lost),
+            on_end=lambda error: self._say_lost(error, on_lost),
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        )
+        self._stream.connect(self.address, CONNECT_TIMEOUT_S)
 
     def send(self, request: bytes) -> None:
-        """Queue a serialized ExecuteRequest; what queues up while one is written goes as one message."""
-        self._outgoing.append(request)
-        self._wake.set()
+        """Send a serialized ExecuteRequest; those that the stage has no room for yet go as one message."""
+        if self._stream:
+            self._stream.send(request)
 
     async def close_stream(self) -> None:
         """End the Execute stream, with it the lane on that stage."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        stream, self._stream = self._stream, None
+        if stream:
+            await stream.close()
 
     async def aclose(self) -> None:
         """Close everything."""
@@ -120,46 +117,21 @@ class StageLink:
             f"{self.name} was lost: {how}", reason="STAGE_LOST", stage=self.name, retry_after_s=1.0
         )
 
-    async def _write(self, call: grpc.aio.StreamStreamCall, on_lost: OnLost) -> None:
+    def _take(self, data: bytes, on_response: OnResponse, on_lost: OnLost) -> None:
+        self.heard_at = time.monotonic()
         try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                outgoing, self._outgoing = self._outgoing, []
-                # Serialized messages of one type merge when put end to end.
-                await call.write(b"".join(outgoing))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await self._say_lost(call, on_lost)
-        finally:
-            call.cancel()
-
-    async def _read(self, call: grpc.aio.StreamStreamCall, on_response: OnResponse, on_lost: OnLost) -> None:
-        try:
-            while (response := await call.read()) is not grpc.aio.EOF:
-                self.heard_at = time.monotonic()
-                on_response(self, response)
-        except grpc.aio.AioRpcError:
-            log.debug("%s: the Execute stream broke", self.name)
+            on_response(self, stage_pb2.ExecuteResponse.FromString(data))
         except Exception as error:
-            # Without its reader the stage would look silent, and be blamed for that.
+            # With a message left out nothing after it can be right.
             log.exception("%s: what it sent cannot be taken", self.name)
+            if self._stream:
+                self._stream.cancel()
             self.state, self.detail = "lost", f"what it sent cannot be taken: {error!r}"
             on_lost(self, self.detail, "")
-            return
-        await self._say_lost(call, on_lost)
 
-    async def _say_lost(self, call: grpc.aio.StreamStreamCall, on_lost: OnLost) -> None:
-        self.state = "lost"
-        try:
-            details = await call.details()
-            status = from_rpc_error(
-                grpc.aio.AioRpcError(
-                    await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details
-                )
-            )
-        except grpc.aio.AioRpcError as error:
-            status = from_rpc_error(error)
-        self.detail = status.message
+    def _say_lost(self, error: grpc.aio.AioRpcError, on_lost: OnLost) -> None:
+        status = from_rpc_error(error)
+        self.state, self.detail = "lost", status.message
         how = status.message or "its stream ended"
         if not isinstance(status, StageLostError | UnavailableError) and status.message:
             log.error("%s ended the lane: %s", self.name, status)
