@@ -351,6 +351,8 @@ def test_rows_that_cost_next_to_nothing_are_dealt_by_number() -> None:
     lane = VirtualLane(lane_limits(2, max_microbatches=0), [costs] * 2, hop_s=0.1 * MS)
     for index in range(40):
         lane.arrive(0.0, f"r{index}", 6000 if index < 4 else 100, 3000)
+    for index in range(10):  # that end: rows of one number say nothing of what a row costs
+        lane.arrive(0.0, f"short{index}", 100, 50 + 20 * index)
     lane.run(20.0)
     coefficients = lane.scheduler.pace.costs.coefficients[0]
     assert coefficients[3] * 6000 > 100 * coefficients[1], "context is no more than rows: this shows nothing"
@@ -629,6 +631,20 @@ def test_while_nobody_has_had_a_token_prompts_need_not_wait_for_even_steps() -> 
     assert [len(step.changes.admitted) for step in lane.steps[began:]][:3] == [32, 32, 32]
     late = [step for step in lane.steps if any(one.request.request_id == "late" for one in step.sequences)]
     assert late[0].num_tokens < 512, "now others stream"
+
+
+def test_a_burst_is_dealt_over_few_steps_where_no_other_stage_could_wait() -> None:
+    """Each step more costs what any step costs, before every answer's end; the costs are those of an 8B model on a GPU."""
+    costs = Costs(constant=5.8 * MS, row=0.009 * MS, position=0.0175 * MS)
+    lane = VirtualLane(lane_limits(1, max_slots=256, step_tokens=8192), [costs])
+    for begins in (0.0, 4.0):
+        for index in range(64):
+            lane.arrive(begins + index * 0.3 * MS, f"at{begins}-{index}", 128, 161)
+    lane.run(8.0)
+    ends = [lane.token_times[f"at4.0-{index}"][-1] for index in range(64)]
+    steps = 160 * (5.8 + 64 * 0.009) * MS
+    prefill = 64 * 128 * 0.0175 * MS
+    assert max(ends) - 4.0 < 1.13 * (steps + prefill)
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(4, 3), (8, 7), (4, 5)])

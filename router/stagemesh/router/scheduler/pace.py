@@ -95,7 +95,7 @@ class Pace:
         self._limits = limits
         self.costs = CostModel(limits.num_stages)
         self.times = PipelineTimes(limits.num_stages)
-        self.budget = PrefillBudget(limits.itl_target_s)
+        self.budget = PrefillBudget(limits.itl_target_s, limits.num_stages)
         self.num_microbatches = limits.num_microbatches
         self.max_in_flight = limits.depth
         if limits.max_microbatches:

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
 
-BACKLOG_STEPS = 12
-"""Steps that the prefill at hand is dealt over. Few would end it sooner, and make steps of very unequal cost follow
-each other, which leaves gaps on every stage behind the first; steps that carry all they can hold are equal again."""
+BACKLOG_STEPS, MOST_BACKLOG_STEPS = 3, 12
+"""Steps that the prefill at hand is dealt over, for each stage and at most. Few would end it sooner, and make steps of very
+unequal cost follow each other, which leaves gaps on every stage behind the first; steps that carry all they can hold are equal
+again. The fewer the stages the less there is to leave a gap on, and every step more costs what a step costs in any case."""
 EVEN = 0.25
 """Of a step of decodes: steps that differ by less are as good as equal. What positions seem to cost where they cost next
 to nothing is noise, and no reason to make a burst of short prompts wait."""
@@ -34,10 +35,12 @@ class PrefillBudget:
 
     Args:
         itl_target_s: Inter-token time that 95% should keep within; 0: no target.
+        num_stages: That steps pass.
     """
 
-    def __init__(self, itl_target_s: float) -> None:
+    def __init__(self, itl_target_s: float, num_stages: int) -> None:
         self._target_s = itl_target_s
+        self._backlog_steps = min(BACKLOG_STEPS * num_stages, MOST_BACKLOG_STEPS)
         self._factor = 0.8  # until measured: what is predicted leaves out what is not known yet
         self._recent: deque[tuple[float, Float64]] = deque()
         self._corrected_at = 0.0
@@ -78,7 +81,7 @@ class PrefillBudget:
             lately_s: Seconds of prefill that steps had on average of late: as much costs no evenness.
         """
         slowest = float(decode_s.max())
-        allowed = slowest + max(EVEN * slowest, backlog_s / BACKLOG_STEPS, lately_s)
+        allowed = slowest + max(EVEN * slowest, backlog_s / self._backlog_steps, lately_s)
         if self.has_target:
             bound = self._factor * max(self._target_s - ring_s, 0.0) / num_steps
             self._held_back |= bound < allowed
