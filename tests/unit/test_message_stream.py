@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import hpack
 import pytest
 
-from stagemesh.wire import hpack, message_stream
-from stagemesh.wire.errors import StageLostError
-from stagemesh.wire.message_stream import (
+from stagemesh.router.lane import message_stream
+from stagemesh.router.lane.message_stream import (
     ACK,
     CONTINUATION,
     DATA,
@@ -31,6 +31,7 @@ from stagemesh.wire.message_stream import (
     WINDOW_UPDATE,
     MessageStream,
 )
+from stagemesh.wire.errors import StageLostError
 from stagemesh.wire.status import from_rpc_error, to_grpc
 
 METHOD = "/test.Test/Talk"
@@ -202,7 +203,7 @@ async def peer(client: Client) -> AsyncIterator[Peer]:
     await peer.close()
 
 
-BEGIN = hpack.encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
+BEGIN = hpack.Encoder().encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
 
 
 def message(data: bytes) -> bytes:
@@ -251,7 +252,7 @@ async def test_messages_may_come_in_any_pieces(client: Client, peer: Peer) -> No
     assert got == [b"one", b"", b"three", b"four", b"five", b"six"]
 
 
-TRAILERS = hpack.encode([(b"grpc-status", b"9"), (b"grpc-message", b"not%20now")])
+TRAILERS = hpack.Encoder().encode([(b"grpc-status", b"9"), (b"grpc-message", b"not%20now")])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,13 @@ TRAILERS = hpack.encode([(b"grpc-status", b"9"), (b"grpc-message", b"not%20now")
     [
         (HEADERS, END_HEADERS | END_STREAM, TRAILERS, "FAILED_PRECONDITION", "not now"),
         (HEADERS, END_HEADERS | END_STREAM, BEGIN, "INTERNAL", "without a status"),
-        (HEADERS, END_HEADERS, hpack.encode([(b":status", b"502")]), "UNAVAILABLE", "HTTP status 502"),
+        (
+            HEADERS,
+            END_HEADERS,
+            hpack.Encoder().encode([(b":status", b"502")]),
+            "UNAVAILABLE",
+            "HTTP status 502",
+        ),
         (HEADERS, END_HEADERS, b"\xff", "INTERNAL", "not gRPC"),
         (RST_STREAM, 0, struct.pack(">I", 8), "CANCELLED", "error 8"),
         (RST_STREAM, 0, struct.pack(">I", 7), "UNAVAILABLE", "error 7"),

@@ -11,10 +11,10 @@ import grpc.aio
 
 from stagemesh.router.lane.chain import Member
 from stagemesh.router.lane.clock import ClockOffset
+from stagemesh.router.lane.message_stream import MessageStream
 from stagemesh.router.lane.timings import StageTimings
 from stagemesh.v1 import stage_pb2, stage_pb2_grpc
 from stagemesh.wire.errors import StageLostError, UnavailableError
-from stagemesh.wire.message_stream import MessageStream
 from stagemesh.wire.protocol import EPOCH_KEY
 from stagemesh.wire.service import MAX_MESSAGE_BYTES, MESH_CHANNEL_OPTIONS
 from stagemesh.wire.status import from_rpc_error

@@ -20,8 +20,8 @@ from urllib.parse import unquote
 
 import grpc
 import grpc.aio
+import hpack
 
-from stagemesh.wire import hpack
 from stagemesh.wire.address import split_address
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -30,7 +30,7 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION =
 END_STREAM = ACK = 0x1
 END_HEADERS, PADDED, PRIORITY = 0x4, 0x8, 0x20
 """Flags of frames."""
-HEADER_TABLE_SIZE, ENABLE_PUSH, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 2, 4, 5
+ENABLE_PUSH, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 2, 4, 5
 """Settings."""
 CANCEL = 8
 """Error code: nobody wants the stream any more."""
@@ -49,6 +49,7 @@ PREFIX = struct.Struct(">BI")
 """Of a gRPC message: whether it is compressed, and its length."""
 CLOSE_TIMEOUT_S = 1.0
 """For the socket to take what is still to be sent; it has been told that nobody wants the call."""
+Headers = list[tuple[bytes, bytes]]
 _STATUS_OF_RESET = {
     7: grpc.StatusCode.UNAVAILABLE,
     8: grpc.StatusCode.CANCELLED,
@@ -61,7 +62,7 @@ _STATUS_OF_RESET = {
 class _Ends(Exception):
     """What came ends the call."""
 
-    def __init__(self, code: grpc.StatusCode, details: str, trailers: hpack.Headers | None = None) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, trailers: Headers | None = None) -> None:
         self.error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), _metadata(trailers or []), details)
 
 
@@ -98,6 +99,7 @@ class MessageStream(asyncio.Protocol):
         self._buffer = bytearray()
         self._message = bytearray()
         self._consumed = 0
+        self._decoder = hpack.Decoder()
         self._headers: bytearray | None = None
         """A header block of which more is to come."""
         self._ends_stream = False
@@ -160,7 +162,7 @@ class MessageStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are not asyncio's classes, only their likes.
         self._transport = cast(asyncio.Transport, transport)
-        settings = {HEADER_TABLE_SIZE: 0, ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: MAX_WINDOW}
+        settings = {ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: MAX_WINDOW}
         headers = [
             (b":method", b"POST"),
             (b":scheme", b"http"),
@@ -174,7 +176,7 @@ class MessageStream(asyncio.Protocol):
             PREFACE
             + _frame(SETTINGS, 0, 0, b"".join(SETTING.pack(key, value) for key, value in settings.items()))
             + _frame(WINDOW_UPDATE, 0, 0, NUMBER.pack(MAX_WINDOW - DEFAULT_WINDOW))
-            + _frame(HEADERS, END_HEADERS, STREAM, hpack.encode(headers))
+            + _frame(HEADERS, END_HEADERS, STREAM, hpack.Encoder().encode(headers))
         )
         self._flush()
 
@@ -278,7 +280,10 @@ class MessageStream(asyncio.Protocol):
     def _take_headers(self) -> None:
         assert self._headers is not None
         block, self._headers = bytes(self._headers), None
-        headers = hpack.decode(block)
+        try:
+            headers = cast(Headers, self._decoder.decode(block, raw=True))
+        except hpack.HPACKError as error:
+            raise ValueError(f"a header block: {error}") from None
         fields = dict(headers)
         if (status := fields.get(b":status", b"200")) != b"200" and b"grpc-status" not in fields:
             raise _Ends(
@@ -340,7 +345,7 @@ def _unpadded(payload: bytes, flags: int) -> bytes:
     return payload[1 : len(payload) - payload[0]] if flags & PADDED else payload
 
 
-def _metadata(headers: hpack.Headers) -> grpc.aio.Metadata:
+def _metadata(headers: Headers) -> grpc.aio.Metadata:
     """What is not HTTP/2's or gRPC's own."""
     pairs: list[tuple[str, str | bytes]] = []
     for key, value in headers:
