@@ -14,9 +14,11 @@ BLOCK_SIZE = 4
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["take", "next", "give"]), st.integers(0, 100)), max_size=60)
 
 
-@given(num_blocks=st.integers(1, 40), operations=OPERATIONS)
-def test_no_block_is_owned_twice_or_lost(num_blocks: int, operations: list[tuple[str, int]]) -> None:
-    pool = BlockPool(num_blocks, BLOCK_SIZE)
+@given(num_blocks=st.integers(1, 40), operations=OPERATIONS, runs=st.booleans())
+def test_no_block_is_owned_twice_or_lost(
+    num_blocks: int, operations: list[tuple[str, int]], runs: bool
+) -> None:
+    pool = BlockPool(num_blocks, BLOCK_SIZE, runs=runs)
     owners: list[tuple[int, int, list[int]]] = []
     for what, number in operations:
         if what == "give" and owners:
@@ -33,7 +35,7 @@ def test_no_block_is_owned_twice_or_lost(num_blocks: int, operations: list[tuple
         elif what == "take" and pool.num_free:
             count = 1 + number % pool.num_free
             room = count + number % 7
-            begin = pool.claim(room)
+            begin = pool.claim(room) if runs else -1
             owners.append((begin, room, pool.take(count, begin)))
         owned = [block for _, _, blocks in owners for block in blocks]
         assert len(set(owned)) == len(owned)
@@ -44,6 +46,14 @@ def test_no_block_is_owned_twice_or_lost(num_blocks: int, operations: list[tuple
         pool.drop_claim(begin, room)
     assert pool.num_free == pool.num_blocks == num_blocks
     assert sorted(pool.take(num_blocks)) == list(range(num_blocks))
+
+
+def test_what_others_claimed_is_taken_last() -> None:
+    pool = BlockPool(12, BLOCK_SIZE)
+    gone, begin = pool.claim(7), pool.claim(5)
+    pool.drop_claim(gone, 7)
+    assert set(pool.take(7)).isdisjoint(range(begin, begin + 5))
+    assert set(pool.take(5)) == set(range(begin, begin + 5))
 
 
 def test_an_owner_that_grows_gets_the_run_it_claimed() -> None:

@@ -119,6 +119,23 @@ def test_one_that_yields_stays_until_its_last_token_has_come_and_keeps_it() -> N
     lane.check_end()
 
 
+def test_one_that_yields_in_its_prompt_stays_while_a_chunk_of_it_is_in_flight() -> None:
+    """The chunk samples nothing, and holds it all the same."""
+    lane = ScheduledLane(make_limits(step_tokens=4, depth=4))
+    lane.submit(make_request("young", 30, 4))
+    assert [step_of(lane).sample.tolist() for _ in range(3)] == [[False]] * 3
+    running = lane.scheduler.running
+    young = lane.scheduler.sequence("young")
+    assert young is not None
+    running.ask_to_yield(young)
+    for left in (3, 2, 1):
+        assert young.slot >= 0, f"{left} steps of it are in flight"
+        lane.result()
+    assert young.slot < 0
+    lane.run_to_end()
+    lane.check_end()
+
+
 def test_one_that_yields_takes_no_further_step() -> None:
     lane = yielding_lane()
     (young,) = lane.scheduler.running.yielding.values()

@@ -475,3 +475,19 @@ def test_many_at_once_under_pressure(seed: int) -> None:
         elif lane.in_flight:
             lane.result()
     lane.check_end()
+
+
+def test_every_token_is_known_with_the_step_that_sampled_it() -> None:
+    """Also those that were put away, and through a preemption."""
+    lane = ScheduledLane(make_limits(num_blocks=80, max_blocks=80, max_slots=2))
+    lane.submit(make_request("old", 8, 160))
+    lane.submit(make_request("young", 8, 160))
+    sequences = {sequence.request.request_id: sequence for sequence in lane.scheduler.live}
+    lane.run_to_end()
+    assert sequences["young"].num_preemptions, "nobody yielded: this shows less"
+    for name, sequence in sequences.items():
+        sampled = [step.number for step in lane.steps if sequence in step.sequences[step.sample]]
+        assert sequence.token_ids.tolist() == lane.answers[name]
+        assert len(lane.answers[name]) == 160
+        assert sequence.sampled_steps.tolist() == sampled[:160]
+        assert sequence.last_step == sampled[159]

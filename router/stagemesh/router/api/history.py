@@ -122,7 +122,8 @@ class RequestHistory:
         """Whether every stage has said where the time of its last step went."""
         if live.sequence is None:
             return True
-        return all(stage.timings.has(live.sequence.last_step) for stage in self._stages)
+        last_step = live.sequence.last_step
+        return all(stage.timings.has(last_step) for stage in self._stages)
 
     def _settle(self, live: LiveRequest) -> None:
         """Keep what its trace follows from, and let go of the rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 
 import numpy as np
 
@@ -57,9 +58,12 @@ class StepRecords:
         """Of a stage, over the steps answered in the last WINDOW_S."""
         last = self._active_ns.last
         first = max(1, last - STEPS_KEPT // 2)
-        done_ns = self._columns[np.arange(first, last + 1) % STEPS_KEPT, DONE_NS]
         oldest_ns = time.monotonic_ns() - int(WINDOW_S * 1e9)
-        return self.bubble_share(timings, first + int(np.searchsorted(done_ns, oldest_ns)), last)
+        # Not by numpy: a copy of the column would be some thousand times what is looked at.
+        before = bisect_left(
+            range(first, last + 1), oldest_ns, key=lambda number: self._columns[number % STEPS_KEPT, DONE_NS]
+        )
+        return self.bubble_share(timings, first + before, last)
 
     def of(self, numbers: Int64) -> tuple[Int64, Int64]:
         """[known] numbers and [known, 5] COLUMNS of those steps that are still kept."""

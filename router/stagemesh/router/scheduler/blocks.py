@@ -1,7 +1,7 @@
 """The KV blocks of a lane: which are free, which are owned, and by how many.
 
-Blocks are handed out in runs where there is one: a CPU stage reads a sequence whose blocks are
-consecutive in place instead of gathering it. So a new owner claims the run it may come to need. A claim
+Where a stage wants it, blocks are handed out in runs where there is one: a CPU stage reads a sequence whose blocks
+are consecutive in place instead of gathering it. So a new owner claims the run it may come to need. A claim
 keeps other newcomers away and nothing more: when nothing unclaimed is free, claimed blocks are taken.
 
 A block whose prefix is published keeps what it holds when its last owner leaves, until the room is needed:
@@ -26,9 +26,12 @@ class BlockPool:
     Args:
         num_blocks: Of the lane.
         block_size: Tokens of a block.
+        runs: Whether it matters that an owner's blocks follow each other. Where it does not, nothing is claimed and any
+            block will do.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, runs: bool = True) -> None:
+        self._runs = runs
         # The sentinel at the end is never free: "the block after the last" needs no special case.
         self._free = np.ones(num_blocks + 1, np.bool_)
         self._free[num_blocks] = False
@@ -37,7 +40,7 @@ class BlockPool:
         self._owners = np.zeros(num_blocks, np.int64)
         self._index = PrefixIndex(block_size)
         self._kept: OrderedDict[int, None] = OrderedDict()
-        # Every free block is on the stack; one that was taken out of turn is dropped when it comes up.
+        # Every free block is on the stack; one that was taken out of turn, for a run, is dropped when it comes up.
         self._stack = list(range(num_blocks))
         self._on_stack = np.ones(num_blocks, np.bool_)
 
@@ -79,10 +82,11 @@ class BlockPool:
         """
         if self._num_free < count:
             self._make_room(count)
-        if first >= 0 and first + count < len(self._free) and self._free[first : first + count].all():
-            blocks = list(range(first, first + count))
-            self._free[first : first + count] = False
-            self._owners[first : first + count] = 1
+        run = slice(first, first + count)
+        if self._runs and first >= 0 and run.stop < len(self._free) and self._free[run].all():
+            blocks = list(range(run.start, run.stop))
+            self._free[run] = False
+            self._owners[run] = 1
         else:
             blocks = self._pop_all(count)
         self._num_free -= count
@@ -96,6 +100,9 @@ class BlockPool:
         """
         if self._num_free < len(last):
             self._make_room(len(last))
+        if not self._runs:
+            self._num_free -= len(last)
+            return np.array(self._pop_all(len(last)))
         blocks = last + 1
         follows = self._free[blocks]
         following = blocks[follows]
@@ -130,15 +137,20 @@ class BlockPool:
         Args:
             blocks: Those of each owner in the order of its positions; a shared one once for each owner that leaves.
         """
+        known = self._index.blocks
+        if not known:  # and so nothing is shared
+            assert np.count_nonzero(self._owners[blocks] == 1) == len(blocks)
+            self._owners[blocks] = 0
+            self._set_free(blocks)
+            return
         np.subtract.at(self._owners, blocks, 1)
         owners = self._owners[blocks]
         assert (owners >= 0).all()
         left = blocks[owners == 0].tolist()
-        known = self._index.blocks
         # The end of a prefix is worth less than its beginning, so it is the first to go.
         self._kept.update(dict.fromkeys(block for block in reversed(left) if block in known))
         # What is not known was never shared, so it is here once.
-        self._set_free([block for block in left if block not in known])
+        self._set_free(np.array([block for block in left if block not in known], np.int64))
 
     def _make_room(self, count: int) -> None:
         assert count <= self.num_free
@@ -147,23 +159,24 @@ class BlockPool:
             block, _ = self._kept.popitem(last=False)
             self._index.forget(block)
             evicted.append(block)
-        self._set_free(evicted)
+        self._set_free(np.array(evicted, np.int64))
 
-    def _set_free(self, blocks: list[int]) -> None:
-        if not blocks:
-            return
-        freed = np.array(blocks)
-        self._free[freed] = True
+    def _set_free(self, blocks: Blocks) -> None:
+        self._free[blocks] = True
         self._num_free += len(blocks)
-        fresh = freed[~self._on_stack[freed]]
-        self._on_stack[fresh] = True
-        self._stack += fresh.tolist()
+        if self._runs:
+            blocks = blocks[~self._on_stack[blocks]]
+            self._on_stack[blocks] = True
+        self._stack += blocks.tolist()
 
     def _pop_all(self, count: int) -> list[int]:
         """What so many times `_pop` gives, at once where no claim is in the way."""
         blocks: list[int] = []
         stack = self._stack
-        while (missing := count - len(blocks)) and stack:
+        if not self._runs:
+            blocks = stack[: -count - 1 : -1]
+            del stack[len(stack) - count :]
+        while self._runs and (missing := count - len(blocks)) and stack:
             top = stack[: -missing - 1 : -1]
             looked_at = np.array(top)
             free = self._free[looked_at]

@@ -30,7 +30,7 @@ class Running:
         self, limits: Limits, on_yielded: Callable[[Sequence], None], oldest_in_flight: Callable[[], int]
     ) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.pool = BlockPool(limits.num_blocks, limits.block_size, runs=limits.consecutive_blocks)
         self.slots = SlotColumns(limits.max_slots, limits.max_blocks)
         self.changes = Changes()
         # By order of arrival; a dict, since many enter and leave.

@@ -316,10 +316,11 @@ class Scheduler:
 
     def _pick_decodes(self, prefill_waits: bool) -> Int64:
         columns = self.running.slots
-        total = (columns.decoding & (columns.position < columns.end_position)).nonzero()[0]
+        to_sample = columns.end_position - columns.position
+        total = (columns.decoding & (to_sample > 0)).nonzero()[0]
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
         self.pace.running(len(total), context, self._startable())
-        unseen = columns.unseen(total)
+        unseen = columns.tokens_left[total] - to_sample[total]
         seen = unseen <= self.limits.lookahead
         ready = total[seen]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
