@@ -168,10 +168,11 @@ class Running:
             sequence.claim = -1
             self.prefilling.pop(sequence.order, None)
             self.yielding.pop(sequence.order, None)
-        counts = self.slots.num_blocks[slots]
-        tables = self.slots.tables[slots, : counts.max()]
-        self.pool.give_back(tables[np.arange(tables.shape[1]) < counts[:, None]])
-        self.changes.release(slots.tolist())
+        left = slots.tolist()
+        counts = self.slots.num_blocks[slots].tolist()
+        tables = [self.slots.tables[slot, :count] for slot, count in zip(left, counts, strict=True)]
+        self.pool.give_back(np.concatenate(tables))
+        self.changes.release(left)
         self.slots.vacate(slots)
 
     def in_flight(self, sequence: Sequence) -> bool:

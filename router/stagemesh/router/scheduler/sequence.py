@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from stagemesh.router.scheduler.request import Finish, Request
 
-TOKENS_KEPT = 128
+TOKENS_KEPT = 256
 """Generated tokens of a running sequence that are kept in columns, before they are put away."""
 
 TOKEN_BITS = 32
