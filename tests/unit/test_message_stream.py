@@ -223,6 +223,23 @@ async def test_no_more_is_sent_than_there_is_a_window_for(client: Client, peer: 
     assert await peer.read() == (DATA, 0, message(b"abcd")), "what waited goes as one message"
 
 
+@pytest.mark.parametrize("of_stream", [True, False])
+async def test_messages_that_go_at_once_use_up_the_windows(
+    client: Client, peer: Peer, of_stream: bool
+) -> None:
+    size = 11_995
+    await peer.greet(window=5 * (size + 5) if of_stream else 1 << 20)
+    assert await peer.read() == (SETTINGS, ACK, b"")
+    for number in range(7):
+        client.stream.send(bytes([number]) * size)
+    for number in range(5):
+        assert await peer.read() == (DATA, 0, message(bytes([number]) * size))
+    if not of_stream:
+        assert len((await peer.read())[2]) == 65_535 - 5 * (size + 5)
+    peer.write(PING, 0, 0, b"12345678")
+    assert (await peer.read())[0] == PING, "what is left waits for a window"
+
+
 async def test_the_window_of_the_connection_counts_too(client: Client, peer: Peer) -> None:
     await peer.greet(window=1 << 20)
     assert await peer.read() == (SETTINGS, ACK, b"")

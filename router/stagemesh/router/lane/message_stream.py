@@ -124,6 +124,15 @@ class MessageStream(asyncio.Protocol):
         repeated fields merge when they are put end to end. Nothing happens once the call is over."""
         if self._over:
             return
+        size = PREFIX.size + len(message)
+        room = min(self._window, self._stream_window, self._max_frame)
+        if size <= room and self._transport:
+            # As _flush does it, for what is usual. While something waits there is no room.
+            self._window -= size
+            self._stream_window -= size
+            head = FRAME.pack(size >> 8, size & 0xFF, DATA, 0, STREAM) + PREFIX.pack(0, len(message))
+            self._transport.write(head + message)
+            return
         self._waiting.append(message)
         if not self._rest:
             self._flush()
