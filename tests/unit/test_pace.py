@@ -449,7 +449,7 @@ def test_a_token_waits_for_all_steps_in_flight_or_for_all_stages_that_it_passes(
     lane.arrive(1.0, "prompt", 500, 1)
     lane.run(2.0)
     pace, rows = lane.scheduler.pace, 12 // num_microbatches
-    pace.running(12, 1200, 90_000)
+    pace.running(12, 1200, 1, 90_000)
     count = pace.allowance(rows, 100 * rows).most(0, 90_000)
     step_s = pace.costs.predict(shape_of(rows, 100 * rows, np.array([0]), np.array([count])))
     assert 0.5 * target_s < cycle_s(step_s, num_microbatches, Hops(), 1) <= target_s
@@ -653,13 +653,19 @@ def test_while_nobody_has_had_a_token_prompts_need_not_wait_for_even_steps() -> 
     assert late[0].num_tokens < 512, "now others stream"
 
 
-def test_a_burst_is_dealt_over_few_steps_where_no_other_stage_could_wait() -> None:
-    """Each step more costs what any step costs, before every answer's end; the costs are those of an 8B model on a GPU."""
-    costs = Costs(constant=5.8 * MS, row=0.009 * MS, position=0.0175 * MS)
+@pytest.mark.parametrize(
+    "of_prefill", [{"position": 0.0175 * MS}, {"pair": 0.0175 / 64 * MS}], ids=["positions", "pairs"]
+)
+def test_a_burst_is_dealt_over_few_steps_where_no_other_stage_could_wait(
+    of_prefill: dict[str, float],
+) -> None:
+    """Each step more costs what any step costs, before every answer's end; the costs are those of an 8B model on a GPU.
+    Of prompts of about one length nobody can tell positions from pairs: noise decides which the model takes them for."""
+    costs = Costs(constant=5.8 * MS, row=0.009 * MS, **of_prefill)
     lane = VirtualLane(lane_limits(1, max_slots=256, step_tokens=8192), [costs])
     for begins in (0.0, 4.0):
         for index in range(64):
-            lane.arrive(begins + index * 0.3 * MS, f"at{begins}-{index}", 128, 161)
+            lane.arrive(begins + index * 0.3 * MS, f"at{begins}-{index}", 112 + index % 32, 161)
     lane.run(8.0)
     ends = [lane.token_times[f"at4.0-{index}"][-1] for index in range(64)]
     steps = 160 * (5.8 + 64 * 0.009) * MS

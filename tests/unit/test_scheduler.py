@@ -257,7 +257,7 @@ def test_prompts_that_wait_for_blocks_are_no_prefill_at_hand() -> None:
         lane.submit(make_request(f"waits{index}", 30, 2))
     scheduler = lane.scheduler
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.pool.num_free) == (1, 4, 7)
-    assert scheduler._startable() == 0
+    assert scheduler._at_hand() == (0, 0)
     assert not scheduler._prefill_waits()
     lane.run_to_end()
     lane.check_end()

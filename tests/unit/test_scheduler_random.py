@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks = np.cumsum([len(one.to_prefill) // scheduler.limits.block_size + 1 for one in waiting])
         slots = len(scheduler.running.slots.free)
         room = min(slots, int(np.searchsorted(blocks, scheduler.pool.num_free, side="right")))
-        assert scheduler._startable() == left - sum(len(one.to_prefill) for one in waiting[room:])
+        assert scheduler._at_hand()[1] == left - sum(len(one.to_prefill) for one in waiting[room:])
 
     def teardown(self) -> None:
         self.lane.run_to_end()

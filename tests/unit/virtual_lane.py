@@ -26,14 +26,17 @@ class Costs:
     """Of a prompt."""
     cell: float = 0.0
     """Of a KV cell read."""
+    pair: float = 0.0
+    """Of a prompt's position and a cell before it."""
 
     def of(self, step: Step, ends: np.ndarray) -> float:
-        prefill = int(step.counts[step.num_decodes :].sum())
+        counts = step.counts[step.num_decodes :]
         return (
             self.constant
             + self.row * step.num_decodes
-            + self.position * prefill
+            + self.position * int(counts.sum())
             + self.cell * float(ends.sum())
+            + self.pair * float((counts * (ends[step.num_decodes :] - counts / 2)).sum())
         )
 
 

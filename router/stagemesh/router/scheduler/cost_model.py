@@ -131,10 +131,10 @@ class CostModel:
                 fitting = min(fitting, 2 * rest / (linear + root))
         return int(fitting)
 
-    def positions_seconds(self, count: float) -> Float64:
-        """[stages] seconds that so many positions of prompts take, without what they read of the context."""
-        seconds: Float64 = self.coefficients[:, 2] * count
-        return seconds
+    def prefill_seconds(self, positions: float, pairs: float) -> float:
+        """Seconds that prefill takes of the stage that it takes most of. Where all prompts have one length, pairs are to
+        positions as that length to 2, and either term may have been found to carry the cost of both."""
+        return float((self.coefficients[:, [2, 4]] @ (positions, pairs)).max())
 
     def chunk_seconds(self, start: int, count: int) -> list[float]:
         """[stages] seconds that a chunk adds to a step."""

@@ -105,7 +105,7 @@ class Pace:
         self._streaming = False
         """Whether any of the rows can have had a token, so that there is an inter-token time to keep."""
         self._context = 0
-        self._backlog = 0
+        self._prompts = self._backlog = 0
         self._chosen_for = (0, False)
         """(rows, whether there was a burst of prompts) when the number in flight was looked at last."""
         self._ratio = 0.0
@@ -137,10 +137,10 @@ class Pace:
         """A stage said where the time of some steps went."""
         self.costs.observe(stage, *self.times.reported(stage, numbers, times_ns))
 
-    def running(self, num_rows: int, context: int | None, backlog: int) -> None:
-        """How many sequences decode, now and then the KV cells that they read in all, and how many positions
-        of prompts could be computed now."""
-        self._num_rows, self._backlog = num_rows, backlog
+    def running(self, num_rows: int, context: int | None, prompts: int, backlog: int) -> None:
+        """How many sequences decode, now and then the KV cells that they read in all, and how many prompts with how many
+        positions could be computed now."""
+        self._num_rows, self._prompts, self._backlog = num_rows, prompts, backlog
         self._streaming = self._streaming and num_rows > 0
         if context is not None:
             self._context = context
@@ -182,10 +182,11 @@ class Pace:
             return Allowance(self.costs, None, max(floor, 1), self._limits.block_size)
         usual_s = self.costs.predict(self._decodes())
         waits = max(self.num_microbatches, float(usual_s.sum() / max(usual_s.max(), 1e-9)))
-        at_hand, lately = (
-            float(self.costs.positions_seconds(count).max())
-            for count in (self._backlog, float(self.times.recent_shape()[2]))
+        _, _, positions, _, pairs = self.times.recent_shape()
+        at_hand = self.costs.prefill_seconds(
+            self._backlog, self._backlog**2 / (2 * self._prompts) if self._prompts else 0.0
         )
+        lately = self.costs.prefill_seconds(positions, pairs)
         allowed_s = self.budget.step_s(usual_s, waits, self._hops.ring, at_hand, lately)
         none = np.zeros(0, np.int64)
         left_s = np.maximum(allowed_s - self.costs.predict(shape_of(rows, context, none, none)), 0.0)
@@ -289,5 +290,5 @@ def preload() -> None:
         pace.answered(number, number + 0.5)
         for stage in range(limits.num_stages):
             pace.reported(stage, np.array([number]), np.array([[number, 0, 1, 1, 1000, 1]]))
-    pace.running(1, 1, 0)
+    pace.running(1, 1, 0, 0)
     pace.state()

@@ -288,14 +288,15 @@ class Scheduler:
         """Whether a slot is free and the whole of its prompt has room, lest it start only to yield."""
         return bool(self.running.slots.free) and (not self.num_running or self.running.has_room(sequence))
 
-    def _startable(self) -> int:
-        """Positions of prompts that could be computed now. Those that wait for a slot or for blocks are not among
+    def _at_hand(self) -> tuple[int, int]:
+        """(prompts, their positions) that could be computed now. Those that wait for a slot or for blocks are not among
         them: large steps would not bring them on."""
         num_starting = self._num_starting()
-        if num_starting == len(self._waiting):
-            return self.running.backlog
-        starting = sum(len(sequence.to_prefill) for sequence in self._waiting[:num_starting])
-        return self.running.backlog - self._waiting_positions + starting
+        prompts, positions = len(self.running.prefilling) + num_starting, self.running.backlog
+        if num_starting < len(self._waiting):
+            starting = sum(len(sequence.to_prefill) for sequence in self._waiting[:num_starting])
+            positions += starting - self._waiting_positions
+        return prompts, positions
 
     def _queue_full(self) -> bool:
         """Those whose turn is the next step's are not counted."""
@@ -319,7 +320,7 @@ class Scheduler:
         to_sample = columns.end_position - columns.position
         total = (columns.decoding & (to_sample > 0)).nonzero()[0]
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
-        self.pace.running(len(total), context, self._startable())
+        self.pace.running(len(total), context, *self._at_hand())
         unseen = columns.tokens_left[total] - to_sample[total]
         seen = unseen <= self.limits.lookahead
         ready = total[seen]
