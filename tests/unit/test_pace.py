@@ -81,26 +81,6 @@ def test_a_hiccup_is_not_a_cost_and_a_slower_stage_is_believed() -> None:
     assert model.predict(shape) == pytest.approx([10 * MS], rel=0.05)
 
 
-def test_the_costs_are_solved_for_when_every_stage_has_reported_or_one_twice() -> None:
-    model = CostModel(3)
-    shape = shape_of(16, 1600, NO_WORK, NO_WORK)
-    for stage in range(3):
-        model.observe(stage, np.tile(shape, (MIN_STEPS, 1)), np.full(MIN_STEPS, 5 * MS))
-        # What was asked for meanwhile must not stand in the way of the others' first report.
-        assert model.predict(shape)[stage] == pytest.approx(5 * MS, rel=1e-3)
-
-    def report(stage: int, step_s: float) -> list[float]:
-        model.observe(stage, np.tile(shape, (900, 1)), np.full(900, step_s))
-        return [round(seconds / MS, 1) for seconds in model.predict(shape).tolist()]
-
-    assert report(0, 10 * MS) == [5.0, 5.0, 5.0]
-    assert report(2, 10 * MS) == [5.0, 5.0, 5.0]
-    after = report(1, 10 * MS)
-    assert all(seconds > 8.0 for seconds in after), after
-    assert report(1, 15 * MS) == after
-    assert report(1, 15 * MS)[1] > after[1] + 2.0
-
-
 def test_positions_within_a_budget_cost_it() -> None:
     model = CostModel(1)
     model._rows = [[0.0, 0.0, 1e-5, 1e-8, 1e-8]]

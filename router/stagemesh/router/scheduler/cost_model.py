@@ -60,9 +60,6 @@ class CostModel:
         self._rows: list[list[float]] = self._coefficients.tolist()
         """The same for the arithmetic of one prompt, for which numpy takes longer unless the stages are many."""
         self._stale = False
-        self._reported: set[int] = set()
-        """Stages that have reported since it was solved for. What a report changes is little, and one of each stage is
-        soon here: solving once for all of them costs what solving for one does."""
         self._expected = np.zeros((num_stages, NUM_TERMS))
         """What outliers are told by. Not the coefficients, which are also solved for when somebody looks: what is
         learnt must follow from what happened alone, or a log of it could not be replayed."""
@@ -88,8 +85,7 @@ class CostModel:
         """
         if not len(shapes):
             return
-        known = self._num_steps[stage] >= MIN_STEPS
-        if known:
+        if self._num_steps[stage] >= MIN_STEPS:
             if not self._expected[stage].any():
                 self.settle()
             expected = shapes @ self._expected[stage]
@@ -100,10 +96,7 @@ class CostModel:
         self._gram[stage] = self._gram[stage] * FORGETTING ** len(shapes) + weighted.T @ scaled
         self._moment[stage] = self._moment[stage] * FORGETTING ** len(shapes) + weighted.T @ seconds
         self._num_steps[stage] += len(shapes)
-        again = stage in self._reported
-        self._reported.add(stage)
-        if not known or again or len(self._reported) == len(self._gram):
-            self._stale = True
+        self._stale = True
 
     def settle(self) -> None:
         """From now on, tell outliers by what is known now."""
@@ -154,7 +147,6 @@ class CostModel:
             self._coefficients = self._solve() / SCALES
             self._rows = self._coefficients.tolist()
             self._stale = False
-            self._reported.clear()
 
     def _solve(self) -> Float64:
         """Least squares; terms that come out negative are left out, and the rest is solved again."""
