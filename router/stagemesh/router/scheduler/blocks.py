@@ -176,7 +176,7 @@ class BlockPool:
         if not self._runs:
             blocks = stack[: -count - 1 : -1]
             del stack[len(stack) - count :]
-        while self._runs and (missing := count - len(blocks)) and stack:
+        while (missing := count - len(blocks)) and stack:
             top = stack[: -missing - 1 : -1]
             looked_at = np.array(top)
             free = self._free[looked_at]

@@ -133,10 +133,10 @@ class Scheduler:
         """End every request whose deadline has passed; to be called before `next_step`, so that none of them
         costs another step. Their blocks are free at once."""
         passed = []
-        if not self._deadlines or self._deadlines[0][0] > now:
-            return NOTHING_NEW
         while self._deadlines and self._deadlines[0][0] <= now:
             passed.append(heappop(self._deadlines)[2])
+        if not passed:
+            return NOTHING_NEW
         return self._finish([(one, Finish.DEADLINE) for one in passed if one.finish is None])
 
     def _watch_deadline(self, sequence: Sequence) -> None:
@@ -317,11 +317,10 @@ class Scheduler:
 
     def _pick_decodes(self, prefill_waits: bool) -> Int64:
         columns = self.running.slots
-        to_sample = columns.end_position - columns.position
-        total = (columns.decoding & (to_sample > 0)).nonzero()[0]
+        total = (columns.decoding & (columns.position < columns.end_position)).nonzero()[0]
         context = int(columns.position[total].sum()) if self._number % CONTEXT_STEPS == 0 else None
         self.pace.running(len(total), context, *self._at_hand())
-        unseen = columns.tokens_left[total] - to_sample[total]
+        unseen = columns.unseen(total)
         seen = unseen <= self.limits.lookahead
         ready = total[seen]
         # Prefill keeps a part of the budget while it has work, or many decodes would starve it.
